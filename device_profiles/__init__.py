@@ -1,0 +1,1 @@
+"""What a phone can hold: device profiles, memory prediction, and the budget check."""

@@ -1,0 +1,5 @@
+"""`python -m nano`: the same as the `nanokit` command."""
+
+from nano.cli import main
+
+main()

@@ -1,0 +1,129 @@
+"""Output folders that are whole or not there: write beside, then rename.
+
+A stage writes into `OUT.partial/` next to its output and renames it when everything is written. What
+existed under the output's name stays until that moment, and an interrupted or failed run leaves neither a
+half-written output nor the partial folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from nano.errors import NoSpaceError, OutputExistsError, RequestError
+
+MIB = 1 << 20
+
+
+def human_bytes(count: float) -> str:
+    """Bytes for people, in powers of 1,024: '1.3 GiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def check_output(out: Path, *, force: bool) -> None:
+    """Refuse an output that exists, before any work is done.
+
+    Raises:
+        OutputExistsError: `out` is there and `force` is not set.
+        RequestError: `out` is a file, the current folder or one above it, or its parent cannot be written to.
+    """
+    if out.is_file():
+        raise RequestError("The output should be a folder.", found=f"a file at {out}", todo="choose another --out")  # noqa: E501  # fmt: skip
+    if out.exists() and (Path.cwd().resolve().is_relative_to(out.resolve())):
+        raise RequestError("The output would replace the folder you stand in.", found=str(out), todo="choose another --out")  # noqa: E501  # fmt: skip
+    if out.exists() and not force:
+        raise OutputExistsError(
+            "The output folder exists already.",
+            found=str(out),
+            todo="choose another --out, or give --force to replace it once the new one is complete",
+        )
+    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise RequestError("The output cannot be written there.", found=f"no write permission in {parent}", todo="choose another --out")  # noqa: E501  # fmt: skip
+
+
+def require_space(where: Path, needed: int) -> None:
+    """Raise NoSpaceError when the disk under `where` has less than `needed` bytes left."""
+    parent = next(p for p in (where.absolute(), *where.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise NoSpaceError(
+            "There is not enough space on the disk.",
+            found=f"{human_bytes(free)} free under {parent}",
+            expected=f"about {human_bytes(needed)}",
+            todo="free some space, or choose another --out",
+        )
+
+
+@contextlib.contextmanager
+def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """A folder to write into that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputExistsError: see `check_output`.
+        NoSpaceError: the disk filled up while the block wrote.
+    """
+    check_output(out, force=force)
+    partial = out.absolute().with_name(out.absolute().name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        _replace(partial, out.absolute())
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_no_space(error):
+            raise NoSpaceError(
+                "The disk is full; nothing was left behind.",
+                found=str(error),
+                todo=f"free some space under {partial.parent}, or choose another --out",
+            ) from None
+        raise
+
+
+def is_no_space(error: BaseException) -> bool:
+    """Whether an exception says that the disk is full or a quota is spent, whoever raised it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return type(error).__module__.split(".")[0] != "nano" and "No space left on device" in str(error)
+
+
+def _replace(new: Path, out: Path) -> None:
+    """Put `new` in `out`'s place; an older `out` is moved aside first and put back if that fails."""
+    if not out.exists():
+        new.rename(out)
+        return
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a small file beside its place and rename it there."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(MIB):
+            digest.update(piece)
+    return digest.hexdigest()

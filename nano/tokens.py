@@ -1,0 +1,149 @@
+"""The tokenizer of a model folder: text to ids and back, and which ids begin and end a text.
+
+`tokenizer.json` is read by the `tokenizers` library itself, the same file that goes into every bundle.
+Ids that begin and end a text come from the configs beside it, never from a guess.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nano.errors import BadFileError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+FILE = "tokenizer.json"
+FILES = (FILE, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+"""What belongs to a tokenizer and travels with every stage's output, where it exists."""
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer with its special ids.
+
+    Attributes:
+        backend: the `tokenizers.Tokenizer`.
+        bos_id: id that begins a text, or None where the model was trained without one.
+        eos_ids: ids that end generation.
+    """
+
+    backend: Tokenizer
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id it can give."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special ids added."""
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a prompt: the beginning id where there is one, then the text."""
+        ids = self.encode(text)
+        return ids if self.bos_id is None else [self.bos_id, *ids]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of some ids, special ids left out."""
+        return str(self.backend.decode(ids, skip_special_tokens=True))
+
+
+def load_tokenizer(folder: Path, vocab_size: int | None = None) -> TextTokenizer:
+    """The tokenizer of a model folder.
+
+    Args:
+        folder: holds tokenizer.json (or another form that transformers can convert) and the configs.
+        vocab_size: V of the model it is for; checked where given.
+
+    Raises:
+        BadFileError: missing, broken, or it gives ids that the model has no embedding for.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / FILE
+    if path.is_file():
+        try:
+            backend = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BadFileError("tokenizer.json cannot be read.", found=f"{path}: {error}") from None
+    else:
+        backend = _converted(folder)
+    special = _read_json(folder / "tokenizer_config.json")
+    model = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
+    tokenizer = TextTokenizer(backend, _bos_id(backend, special, model), _eos_ids(backend, special, model))
+    if vocab_size is not None and tokenizer.size > vocab_size:
+        raise BadFileError(
+            "The tokenizer does not match the model.",
+            found=f"the tokenizer in {folder} gives ids up to {tokenizer.size - 1}",
+            expected=f"ids below the model's vocab_size, {vocab_size}",
+            todo="use the tokenizer that the model was trained with",
+        )
+    return tokenizer
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Put a model folder's tokenizer files into another folder; tokenizer.json is made where it was missing."""
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if not (target / FILE).is_file():
+        _converted(source).save(str(target / FILE))
+
+
+def _converted(folder: Path) -> Tokenizer:
+    """A `tokenizers.Tokenizer` from an older form (tokenizer.model, vocab.json), by transformers."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        backend: Tokenizer = loaded.backend_tokenizer
+    except Exception as error:  # transformers raises many kinds; all mean the same here
+        raise BadFileError(
+            "The model folder has no usable tokenizer.",
+            found=f"{folder}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            expected="tokenizer.json",
+            todo="copy the tokenizer files of the model into the folder",
+        ) from None
+    return backend
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadFileError(f"{path.name} is not valid JSON.", found=f"{path}: {error}") from None
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _token_id(backend: Tokenizer, token: Any) -> int | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return backend.token_to_id(text) if isinstance(text, str) else None
+
+
+def _bos_id(backend: Tokenizer, special: dict[str, Any], model: dict[str, Any]) -> int | None:
+    """Qwen's config.json names a bos id that its tokenizer never adds, so the tokenizer's word comes first."""
+    if special.get("add_bos_token") is False or ("bos_token" in special and special["bos_token"] is None):
+        return None
+    if "bos_token" in special:
+        return _token_id(backend, special["bos_token"])
+    found = model.get("bos_token_id")
+    return found if isinstance(found, int) else None
+
+
+def _eos_ids(backend: Tokenizer, special: dict[str, Any], model: dict[str, Any]) -> tuple[int, ...]:
+    found = model.get("eos_token_id")
+    if isinstance(found, int):
+        return (found,)
+    if isinstance(found, list):
+        return tuple(int(i) for i in found)
+    one = _token_id(backend, special.get("eos_token"))
+    return () if one is None else (one,)

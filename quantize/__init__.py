@@ -1,0 +1,1 @@
+"""Real numbers to int4: calibrate, solve codes and scales layer by layer, pack."""

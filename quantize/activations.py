@@ -1,0 +1,47 @@
+"""How a phone runtime sees an int4 linear's input: quantized to int8 as it runs. Simulated here in torch.
+
+XNNPACK (`qd8`): one scale and zero point a token, asymmetric. ONNX Runtime (MatMulNBits at accuracy_level 4):
+one scale for every block of K, symmetric. Both dot int8 activations with the int4 codes in integers.
+
+Legend: ... any leading dimensions, K input channels, b block size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def int8_per_token(x_K: torch.Tensor) -> torch.Tensor:
+    """XNNPACK's dynamic quantization of (..., K), and back to float: asymmetric int8, one grid a token."""
+    x = x_K.float()
+    low = x.amin(-1, keepdim=True).clamp(max=0.0)
+    high = x.amax(-1, keepdim=True).clamp(min=0.0)
+    scale = (high - low) / 255.0
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = (-128.0 - low / scale).round().clamp(-128, 127)
+    codes = (x / scale + zero).round().clamp(-128, 127)
+    return ((codes - zero) * scale).to(x_K.dtype)
+
+
+def int8_per_block(x_K: torch.Tensor, block: int) -> torch.Tensor:
+    """ONNX Runtime's dynamic quantization of (..., K), and back to float: symmetric int8, one grid a block."""
+    x_Gb = x_K.float().reshape(*x_K.shape[:-1], -1, block)
+    scale = x_Gb.abs().amax(-1, keepdim=True) / 127.0
+    inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
+    codes = (x_Gb * inverse).round().clamp(-128, 127)
+    dequantised: torch.Tensor = (codes * scale).flatten(-2).to(x_K.dtype)
+    return dequantised
+
+
+class Int8ActivationLinear(torch.nn.Module):
+    """A linear with a dequantised weight whose input goes through `quantize` first."""
+
+    def __init__(self, weight_NK: torch.Tensor, quantize: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight_NK, requires_grad=False)
+        self.quantize = quantize
+
+    def forward(self, x_K: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(self.quantize(x_K), self.weight)

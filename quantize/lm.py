@@ -1,0 +1,59 @@
+"""An int4 folder run in torch: dequantised, with float or simulated int8 activations."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nano.lm import Activations
+from nano.tokens import load_tokenizer
+from nano.torch_lm import TorchModel
+from quantize.activations import Int8ActivationLinear, int8_per_block, int8_per_token
+from quantize.packed import Int4Checkpoint
+
+
+def load_dequantised(checkpoint: Int4Checkpoint) -> Any:
+    """The transformers model with every weight dequantised to float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    state = {name: tensor.float() for name, tensor in checkpoint.dense_tensors()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not (checkpoint.shape.tied and name == "lm_head.weight")]
+    assert not missing, missing  # weight_shapes and transformers disagree about the family
+    assert not unexpected, unexpected
+    return model.eval().requires_grad_(False)
+
+
+def simulate_int8(model: Any, checkpoint: Int4Checkpoint, activations: Activations) -> None:
+    """Replace the model's int4 linears by ones that quantize their input as the runtime named does."""
+    for name in checkpoint.modules:
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        linear = getattr(parent, leaf)
+        if not isinstance(linear, torch.nn.Linear):
+            continue
+        group = checkpoint.quantized(name).group_size
+        quantize = int8_per_token if activations == "int8-xnnpack" else partial(int8_per_block, block=group)
+        setattr(parent, leaf, Int8ActivationLinear(linear.weight.detach(), quantize))
+
+
+def open_int4_model(folder: Path, activations: Activations = "float") -> TorchModel:
+    """An int4 folder behind the `LanguageModel` protocol.
+
+    Raises:
+        BadFileError: see `Int4Checkpoint`.
+    """
+    with Int4Checkpoint(folder) as checkpoint:
+        tokenizer = load_tokenizer(folder, checkpoint.shape.vocab_size)
+        model = load_dequantised(checkpoint)
+        if activations != "float":
+            simulate_int8(model, checkpoint, activations)
+        return TorchModel(model, tokenizer, checkpoint.shape.max_positions, activations)
