@@ -68,18 +68,48 @@ class Family:
 
 
 _PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
-_GEMMA_NORMS = (*_PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        # fmt: off
-        #                   model_type     architecture            norms         post   qk     +w   scale  activation           tied   head_dim
-        "llama": Family("llama", "LlamaForCausalLM", _PRE_NORMS, False, False, 0.0, False, "silu", False, None),
-        "qwen3": Family("qwen3", "Qwen3ForCausalLM", _PRE_NORMS, False, True, 0.0, False, "silu", False, 128),
-        "gemma3_text": Family(
-            "gemma3_text", "Gemma3ForCausalLM", _GEMMA_NORMS, True, True, 1.0, True, "gelu_pytorch_tanh", True, 256
-        ),  # noqa: E501
-        # fmt: on
+        family.model_type: family
+        for family in (
+            Family(
+                model_type="llama",
+                architecture="LlamaForCausalLM",
+                layer_norms=_PRE_NORMS,
+                post_norms=False,
+                qk_norm=False,
+                norm_offset=0.0,
+                scaled_embedding=False,
+                activation="silu",
+                tied_by_default=False,
+                head_dim_default=None,
+            ),
+            Family(
+                model_type="qwen3",
+                architecture="Qwen3ForCausalLM",
+                layer_norms=_PRE_NORMS,
+                post_norms=False,
+                qk_norm=True,
+                norm_offset=0.0,
+                scaled_embedding=False,
+                activation="silu",
+                tied_by_default=False,
+                head_dim_default=128,
+            ),
+            Family(
+                model_type="gemma3_text",
+                architecture="Gemma3ForCausalLM",
+                layer_norms=(*_PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+                post_norms=True,
+                qk_norm=True,
+                norm_offset=1.0,
+                scaled_embedding=True,
+                activation="gelu_pytorch_tanh",
+                tied_by_default=True,
+                head_dim_default=256,
+            ),
+        )
     }
 )
 

@@ -37,7 +37,7 @@ def check_output(out: Path, *, force: bool) -> None:
         RequestError: `out` is a file, the current folder or one above it, or its parent cannot be written to.
     """
     if out.is_file():
-        raise RequestError("The output should be a folder.", found=f"a file at {out}", todo="choose another --out")  # noqa: E501  # fmt: skip
+        raise RequestError("The output should be a folder.", found=f"a file at {out}", todo="choose another --out")  # fmt: skip
     if out.exists() and (Path.cwd().resolve().is_relative_to(out.resolve())):
         raise RequestError("The output would replace the folder you stand in.", found=str(out), todo="choose another --out")  # noqa: E501  # fmt: skip
     if out.exists() and not force:

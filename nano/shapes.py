@@ -162,7 +162,7 @@ def _needed(config: Mapping[str, Any], key: str) -> Any:
 def _number(config: Mapping[str, Any], key: str) -> int:
     value = _needed(config, key)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise BadFileError("config.json has an unusable value.", found=f"{key} = {value!r}", expected="an integer")  # noqa: E501  # fmt: skip
+        raise BadFileError("config.json has an unusable value.", found=f"{key} = {value!r}", expected="an integer")  # fmt: skip
     return value
 
 

@@ -36,11 +36,14 @@ class QuantizedTensor:
     def __post_init__(self) -> None:
         n, k = self.codes_NK.shape
         if self.codes_NK.dtype != torch.int8 or self.scale_NG.dtype != torch.float32:
-            raise BadFileError("A quantized weight has the wrong types.", found=f"{self.codes_NK.dtype}, {self.scale_NG.dtype}", expected="int8 codes, float32 scales")  # fmt: skip
+            found = f"{self.codes_NK.dtype} codes, {self.scale_NG.dtype} scales"
+            raise BadFileError(
+                "A quantized weight has the wrong types.", found=found, expected="int8 codes, float32 scales"
+            )
         if k % self.group_size or self.scale_NG.shape != (n, k // self.group_size):
             raise BadFileError(
                 "A quantized weight's scales do not fit its codes.",
-                found=f"codes {tuple(self.codes_NK.shape)}, scales {tuple(self.scale_NG.shape)}, group {self.group_size}",
+                found=f"codes {n} x {k}, scales {tuple(self.scale_NG.shape)}",
                 expected=f"one scale for every {self.group_size} input channels",
             )
 
