@@ -37,9 +37,11 @@ def check_output(out: Path, *, force: bool) -> None:
         RequestError: `out` is a file, the current folder or one above it, or its parent cannot be written to.
     """
     if out.is_file():
-        raise RequestError("The output should be a folder.", found=f"a file at {out}", todo="choose another --out")  # fmt: skip
+        raise RequestError("The output should be a folder.", found=f"a file at {out}", todo="choose another --out")
     if out.exists() and (Path.cwd().resolve().is_relative_to(out.resolve())):
-        raise RequestError("The output would replace the folder you stand in.", found=str(out), todo="choose another --out")  # noqa: E501  # fmt: skip
+        raise RequestError(
+            "The output would replace the folder you stand in.", found=str(out), todo="choose another --out"
+        )
     if out.exists() and not force:
         raise OutputExistsError(
             "The output folder exists already.",
@@ -48,7 +50,9 @@ def check_output(out: Path, *, force: bool) -> None:
         )
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
-        raise RequestError("The output cannot be written there.", found=f"no write permission in {parent}", todo="choose another --out")  # noqa: E501  # fmt: skip
+        raise RequestError(
+            "The output cannot be written there.", found=f"no write permission in {parent}", todo="choose another --out"
+        )
 
 
 def require_space(where: Path, needed: int) -> None:

@@ -46,10 +46,21 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         family_of(self.family)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions"):  # noqa: E501  # fmt: skip
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_positions",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise BadFileError("A model's dimension is not usable.", found=f"{name} = {value!r}", expected="a positive integer")  # noqa: E501  # fmt: skip
+                raise BadFileError(
+                    "A model's dimension is not usable.", found=f"{name} = {value!r}", expected="a positive integer"
+                )
         if self.num_heads % self.num_kv_heads:
             raise BadFileError(
                 "The query heads cannot be shared out evenly among the key/value heads.",
@@ -63,7 +74,9 @@ class ModelShape:
                 expected=f"{self.num_layers} entries, each '{FULL}' or '{SLIDING}'",
             )
         if SLIDING in self.layer_types and not self.sliding_window:
-            raise BadFileError("There are sliding-attention layers but no sliding_window.", expected="sliding_window in config.json")  # noqa: E501  # fmt: skip
+            raise BadFileError(
+                "There are sliding-attention layers but no sliding_window.", expected="sliding_window in config.json"
+            )
 
     @property
     def num_parameters(self) -> int:
@@ -102,7 +115,9 @@ class ModelShape:
         for key in ("attention_bias", "mlp_bias"):
             if config.get(key):
                 raise UnsupportedError("Linears with a bias are not supported.", found=f"{key} = true")
-        heads, hidden, layers = (int(_number(config, k)) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))  # noqa: E501  # fmt: skip
+        heads, hidden, layers = (
+            int(_number(config, k)) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+        )
         head_dim = config.get("head_dim") or family.head_dim_default or hidden // max(heads, 1)
         layer_types = _layer_types(config, layers)
         return cls(
@@ -162,7 +177,7 @@ def _needed(config: Mapping[str, Any], key: str) -> Any:
 def _number(config: Mapping[str, Any], key: str) -> int:
     value = _needed(config, key)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise BadFileError("config.json has an unusable value.", found=f"{key} = {value!r}", expected="an integer")  # fmt: skip
+        raise BadFileError("config.json has an unusable value.", found=f"{key} = {value!r}", expected="an integer")
     return value
 
 

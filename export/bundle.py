@@ -1,0 +1,92 @@
+"""The bundle: a folder with a model file, the tokenizer and manifest.json, as a phone app takes it.
+
+Also the proof that an export changed nothing: codes and scales are read back out of the written file and
+compared with the int4 checkpoint's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from nano.errors import WorkError
+from nano.progress import track
+from quantize.grid import QuantizedTensor
+from quantize.packed import Int4Checkpoint
+
+Format = Literal["executorch", "onnx"]
+FORMATS: tuple[Format, ...] = ("executorch", "onnx")
+
+_READERS = {"executorch": "export.executorch_readback:read_codes", "onnx": "export.onnx_readback:read_codes"}
+_WRITERS = {"executorch": "export.executorch:write_pte", "onnx": "export.onnx:write_onnx"}
+
+
+def _door(target: str) -> Any:
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def writer(format: Format) -> Callable[..., dict[str, Any]]:
+    """The function that writes one format; imported when it is needed, so that one extra can be missing."""
+    write: Callable[..., dict[str, Any]] = _door(_WRITERS[format])
+    return write
+
+
+def read_codes(folder: Path, format: Format) -> Iterator[tuple[str, QuantizedTensor]]:
+    """Modules on the grid as they stand in a bundle's model file: (name, codes and scales)."""
+    found: Iterable[tuple[str, QuantizedTensor]] = _door(_READERS[format])(folder)
+    return iter(found)
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """What reading an artifact back showed.
+
+    Attributes:
+        modules: how many were compared.
+        codes: how many codes were compared.
+        differing: names of modules whose codes or scales differ from the checkpoint's, or that are missing.
+    """
+
+    modules: int
+    codes: int
+    differing: tuple[str, ...]
+
+
+def compare_codes(folder: Path, format: Format, checkpoint: Int4Checkpoint) -> Exactness:
+    """Compare every code and scale in a bundle with the int4 checkpoint it came from."""
+    wanted = set(checkpoint.modules)
+    codes, differing = 0, []
+    seen: set[str] = set()
+    with track("read back", len(wanted), "modules") as progress:
+        for name, found in read_codes(folder, format):
+            seen.add(name)
+            codes += found.codes_NK.numel()
+            if name not in wanted or not _same(found, checkpoint.quantized(name)):
+                differing.append(name)
+            progress.advance()
+    return Exactness(len(seen), codes, tuple(sorted({*differing, *(wanted - seen)})))
+
+
+def _same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    return (
+        a.bits == b.bits
+        and a.group_size == b.group_size
+        and torch.equal(a.codes_NK, b.codes_NK)
+        and torch.equal(a.scale_NG, b.scale_NG)
+    )
+
+
+def require_exact(exactness: Exactness) -> None:
+    """Raise WorkError when an export changed a code or a scale: an exporter's bug must never ship."""
+    if exactness.differing:
+        raise WorkError(
+            "The written artifact does not hold the checkpoint's codes and scales.",
+            found=f"{len(exactness.differing)} modules differ, the first is '{exactness.differing[0]}'",
+            todo="report this; the artifact was not kept",
+        )

@@ -1,0 +1,76 @@
+"""`nanokit export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from export.options import ExportOptions
+from nano.hub import resolve_model
+
+Negative = Parameter(negative="")
+
+
+def export(
+    int4: str,
+    /,
+    *,
+    format: Literal["executorch", "onnx"],
+    out: Path,
+    options: Annotated[ExportOptions, Parameter(name="*")] = ExportOptions(),  # noqa: B008
+    data: list[Path] | None = None,
+    force: Annotated[bool, Negative] = False,
+    json: Annotated[bool, Negative] = False,
+) -> int:
+    """Write an int4 student as an ExecuTorch or ONNX bundle, codes and scales unchanged.
+
+    Parameters
+    ----------
+    int4
+        The folder that nanokit quantize wrote.
+    format
+        "executorch" writes model.pte for ExecuTorch's runtime, "onnx" a folder for onnxruntime-genai.
+    out
+        The bundle's folder.
+    data
+        Text on which to report the bundle's parity with torch; may be repeated.
+    force
+        Replace an existing output once the new one is complete.
+    json
+        Print the manifest's facts as one JSON object.
+    """
+    from export.run import run_export
+    from nano.progress import emit_json
+
+    manifest = run_export(resolve_model(int4), format, out, options, data=data or (), force=force)
+    facts = {"out": str(out), "format": format, "footprint": manifest.footprint, **manifest.results}
+    if json:
+        emit_json(facts)
+    else:
+        _print(facts, manifest.files)
+    return 0
+
+
+def _print(facts: dict[str, Any], files: Any) -> None:
+    from rich.table import Table
+
+    from nano.folder import human_bytes
+    from nano.progress import show
+
+    table = Table(title=f"{facts['format']} bundle in {facts['out']}", show_header=False)
+    for name, entry in files.items():
+        table.add_row(name, human_bytes(entry["bytes"]))
+    exact = facts["exact"]
+    table.add_row("codes equal to the checkpoint's", f"{exact['codes']:,} in {exact['modules']} modules: all")
+    parity = facts.get("parity")
+    for name, label in (("simulated", "int8 activations simulated"), ("float", "float activations")) if parity else ():
+        row = parity[name]
+        greedy = parity["greedy"][name]
+        table.add_row(
+            f"against torch, {label}",
+            f"same top token {row['top1']:.2%}, logit error {row['logit_error']:.2%}, "
+            f"KL {row['kl']:.2g}, greedy {greedy['same']}/{greedy['of']}",
+        )
+    show(table)

@@ -1,0 +1,98 @@
+"""Evaluate any stage's model on text, alone or against a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nano.corpus import Windows, cut_windows, read_documents
+from nano.errors import RequestError
+from nano.lm import Activations, LanguageModel, open_model, stage_of
+from nano.metrics import Meter, Scores
+from nano.progress import track
+
+BATCH = 16
+SIMULATIONS: dict[str, Activations] = {"executorch": "int8-xnnpack", "onnx": "int8-ort"}
+"""How torch simulates the int8 activations of each kind of bundle."""
+
+
+def simulation_for(requested: str, model: Path, reference: Path | None) -> tuple[Activations, Activations]:
+    """Which activations the model and the reference are opened with.
+
+    "int8" applies to the int4 folder among the two (the model first) and follows the runtime of the bundle it is
+    compared with, XNNPACK's where there is none.
+
+    Raises:
+        RequestError: neither is an int4 folder.
+    """
+    if requested == "float":
+        return "float", "float"
+    stages = (stage_of(model), None if reference is None else stage_of(reference))
+    if "int4" not in stages:
+        raise RequestError(
+            "--activations is about int4 folders, and none is named.",
+            found=" and ".join(f"'{stage}'" for stage in stages if stage),
+            todo="leave it out, or name the int4 folder as MODEL or --reference",
+        )
+    chosen: Activations = {"int8-xnnpack": "int8-xnnpack", "int8-ort": "int8-ort"}.get(requested, "int8-xnnpack")  # type: ignore[assignment]
+    if requested == "int8":
+        chosen = next((SIMULATIONS[stage] for stage in stages if stage in SIMULATIONS), chosen)
+    return (chosen, "float") if stages[0] == "int4" else ("float", chosen)
+
+
+def score(model: LanguageModel, windows: Windows, reference: LanguageModel | None = None) -> Scores:
+    """Figures of a model over token windows, with progress."""
+    meter = Meter()
+    with track("evaluate", windows.tokens, "tokens") as progress:
+        for start in range(0, len(windows.ids), BATCH):
+            batch = windows.ids[start : start + BATCH]
+            ours = model.logits(batch)
+            theirs: Sequence[object] = [None] * len(batch) if reference is None else reference.logits(batch)
+            for ids, one, other in zip(batch, ours, theirs, strict=True):
+                meter.add(ids, one, other)  # type: ignore[arg-type]
+            progress.advance(sum(len(ids) - 1 for ids in batch), note=f"perplexity {meter.scores().perplexity:.3f}")
+    return meter.scores()
+
+
+def evaluate_folders(
+    model_folder: Path,
+    data: Sequence[Path],
+    *,
+    reference_folder: Path | None = None,
+    tokens: int = 8192,
+    sequence_length: int = 256,
+    activations: str = "float",
+) -> Scores:
+    """Open a model (and a reference), cut windows from text that both can hold, and score.
+
+    Raises:
+        RequestError: the two have different vocabularies.
+        BadFileError: a folder or the text cannot be used.
+    """
+    documents = read_documents(data)
+    ours, theirs = simulation_for(activations, model_folder, reference_folder)
+    model = open_model(model_folder, activations=ours)
+    reference = None if reference_folder is None else open_model(reference_folder, activations=theirs)
+    try:
+        if reference is not None:
+            check_same_vocabulary(model, reference)
+        limit = min(model.context, sequence_length, reference.context if reference else sequence_length)
+        windows = cut_windows(documents, model.tokenizer, limit, max_tokens=tokens)
+        return score(model, windows, reference)
+    finally:
+        model.close()
+        if reference is not None:
+            reference.close()
+
+
+def check_same_vocabulary(model: LanguageModel, reference: LanguageModel) -> None:
+    """Raise RequestError when two models' tokenizers give different ids; padded embeddings do not matter."""
+    ours = model.tokenizer.backend.get_vocab(with_added_tokens=True)
+    theirs = reference.tokenizer.backend.get_vocab(with_added_tokens=True)
+    if ours != theirs:
+        differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+        raise RequestError(
+            "The model and the reference have different vocabularies, so their logits cannot be compared.",
+            found=f"{len(ours)} and {len(theirs)} tokens; {len(differing)} differ, the first is {differing[0]!r}",
+            todo="name a reference of the same teacher",
+        )
