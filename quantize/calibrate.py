@@ -1,0 +1,62 @@
+"""Calibration text: which windows the solvers look at, and the record of it that goes into the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nano.corpus import Windows, describe_data, read_documents, sample_windows
+from nano.errors import RequestError
+from nano.progress import warn
+from nano.tokens import TextTokenizer
+from quantize.options import QuantizeOptions
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows drawn for calibration.
+
+    Attributes:
+        windows: token ids.
+        record: files with sha256, tokens, seed, and what was asked for: enough to draw the same windows again.
+    """
+
+    windows: Windows
+    record: dict[str, Any]
+
+
+def draw_windows(
+    data: Sequence[Path], tokenizer: TextTokenizer, options: QuantizeOptions, max_positions: int
+) -> Calibration:
+    """Draw `samples` windows of `length` tokens from text files.
+
+    Warns when the text holds clearly fewer tokens than asked for.
+
+    Raises:
+        BadFileError: a file is missing, empty or not text.
+        RequestError: the options or the text do not allow one window.
+    """
+    if options.samples < 1 or options.length < 8:
+        raise RequestError(
+            "That is too little calibration text to work with.",
+            found=f"{options.samples} samples of {options.length} tokens",
+            expected="at least 1 sample of 8 tokens",
+        )
+    length = min(options.length, max_positions)
+    if length < options.length:
+        warn(f"windows are cut to the model's {max_positions} positions (--length {options.length} was asked for)")
+    windows = sample_windows(read_documents(data), tokenizer, length, options.samples, options.seed)
+    asked, found = options.samples * length, sum(len(window) for window in windows.ids)
+    if found < 0.9 * asked:
+        warn(
+            f"the text gives {found:,} calibration tokens in {len(windows.ids)} windows; {asked:,} were asked for. "
+            f"The result fits this text more than the model's general use: give more --data, or lower --samples"
+        )
+    record = {
+        **describe_data(data, tokens=found, seed=options.seed),
+        "windows": len(windows.ids),
+        "asked": {"samples": options.samples, "length": options.length},
+    }
+    return Calibration(windows, record)

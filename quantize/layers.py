@@ -1,0 +1,126 @@
+"""The network one decoder layer at a time, run by transformers' own code.
+
+A layer is run as a transformers model of one layer: masks, rotary angles and layer kinds (Gemma's and Qwen's
+sliding windows) are then the library's own, for every family, and only one layer's weights are in memory.
+
+Legend: S windows, T positions, D hidden width, K input channels of a linear, M valid positions of a batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nano.families import EMBEDDING, layer_prefix, weight_shapes
+from nano.shapes import ModelShape
+from quantize.student import Student
+
+BATCH_TOKENS = 4096
+"""Positions run at once: enough to keep the cores busy, small beside the weights of a layer."""
+
+
+@dataclass
+class Hidden:
+    """Hidden states of the calibration windows between two layers.
+
+    Attributes:
+        x_STD: float32; windows are padded on the right, which causal attention never looks at.
+        length_S: how many positions of a window are real.
+    """
+
+    x_STD: torch.Tensor
+    length_S: list[int]
+
+    def batches(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Slices of S of about `BATCH_TOKENS` positions, and which of their positions (b, T) are real."""
+        windows, positions, _ = self.x_STD.shape
+        per_batch = max(1, BATCH_TOKENS // positions)
+        for start in range(0, windows, per_batch):
+            part = slice(start, min(start + per_batch, windows))
+            length_b1 = torch.tensor(self.length_S[part])[:, None]
+            yield part, torch.arange(positions)[None] < length_b1
+
+
+def embed(student: Student, windows: list[torch.Tensor]) -> Hidden:
+    """What the first layer sees of some windows of token ids."""
+    lengths = [len(window) for window in windows]
+    ids_ST = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True, padding_value=0)
+    model = _skeleton(student.config, student.shape, 0)
+    weight_VD = student.tensor(EMBEDDING + ".weight").float()
+    model.embed_tokens.weight = torch.nn.Parameter(weight_VD, requires_grad=False)
+    if hasattr(model.embed_tokens, "embed_scale"):  # Gemma: sqrt(D), as transformers computes it
+        model.embed_tokens.embed_scale = torch.tensor(model.embed_tokens.scalar_embed_scale)
+    with torch.no_grad():
+        return Hidden(model.embed_tokens(ids_ST).float(), lengths)
+
+
+def load_layer(student: Student, layer: int, device: torch.device | None = None) -> Any:
+    """Decoder layer `layer` as a one-layer transformers model without final norm, float32."""
+    model = _skeleton(student.config, student.shape, layer)
+    model.embed_tokens = torch.nn.Identity()
+    prefix = layer_prefix(layer)
+    names = [name for name in weight_shapes(student.shape) if name.startswith(prefix)]
+    state = {name.removeprefix(prefix): student.tensor(name).float() for name in names}
+    model.layers[0].load_state_dict(state, assign=True)
+    return model.to(device or "cpu").eval().requires_grad_(False)
+
+
+def _skeleton(config: dict[str, Any], shape: ModelShape, layer: int) -> Any:
+    """A one-layer model whose weights are not there yet; buffers (rotary frequencies) are."""
+    from transformers import AutoConfig, AutoModel
+
+    plain = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
+    one = AutoConfig.for_model(shape.family, **copy.deepcopy(plain))
+    one.num_hidden_layers = 1
+    if getattr(one, "layer_types", None) is not None:
+        one.layer_types = [shape.layer_types[layer]]
+    with torch.device("meta"):
+        model = AutoModel.from_config(one, dtype=torch.float32)
+    model.rotary_emb = type(model.rotary_emb)(config=one)
+    model.norm = torch.nn.Identity()
+    return model
+
+
+def run_layer(model: Any, x_bTD: torch.Tensor) -> torch.Tensor:
+    """Output of the layer for a batch of hidden states."""
+    out: torch.Tensor = model(inputs_embeds=x_bTD, use_cache=False).last_hidden_state
+    return out
+
+
+@torch.no_grad()
+def advance(model: Any, hidden: Hidden, device: torch.device) -> None:
+    """Replace the hidden states by the layer's outputs."""
+    for part, _valid in hidden.batches():
+        hidden.x_STD[part] = run_layer(model, hidden.x_STD[part].to(device)).to(hidden.x_STD.device)
+
+
+class _Seen(Exception):  # noqa: N818  (a signal, not an error)
+    """Stops a forward pass once the linear of interest has its input."""
+
+
+@torch.no_grad()
+def linear_inputs(
+    model: Any, linear: str, hidden: Hidden, device: torch.device
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """What one linear of the layer sees: per batch the slice, inputs (b, T, K), and which positions are real."""
+    seen: list[torch.Tensor] = []
+
+    def catch(_module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        seen.append(arguments[0])
+        raise _Seen
+
+    handle = model.layers[0].get_submodule(linear).register_forward_pre_hook(catch)
+    try:
+        for part, valid_bT in hidden.batches():
+            try:
+                run_layer(model, hidden.x_STD[part].to(device))
+            except _Seen:
+                yield part, seen.pop(), valid_bT
+    finally:
+        handle.remove()
+
+

@@ -1,0 +1,33 @@
+"""Options of the quantize stage, written once: the command line and a recipe's [quantize] table mean the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Method = Literal["rtn", "gptq"]
+EmbeddingBits = Literal["float", "8", "4"]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How a float student becomes codes and scales.
+
+    Attributes:
+        method: "rtn" rounds each weight to the nearest code, needs no text to be read by the model; "gptq" lets
+            the weights not yet rounded make up for each rounding error, as the calibration text weighs it.
+        group_size: input channels that share a scale: 32, 64 or 128.
+        samples: calibration windows.
+        length: tokens a calibration window holds.
+        seed: which windows are drawn.
+        damping: share of the mean curvature added to every input channel before the solve (gptq).
+        embedding: bits of the embedding (and of a tied head): "float" leaves it as it is.
+    """
+
+    method: Method = "gptq"
+    group_size: Literal[32, 64, 128] = 32
+    samples: int = 128
+    length: int = 256
+    seed: int = 0
+    damping: float = 0.01
+    embedding: EmbeddingBits = "float"
