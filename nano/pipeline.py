@@ -1,0 +1,243 @@
+"""`nanokit build`: a recipe's stages in order, each skipped where nothing it depends on has changed.
+
+A stage's key is a hash of its name, its options, its inputs' fingerprints and nanokit's version. It is kept in
+`build.json` beside the outputs; a stage runs again when its key differs or its output is not whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nano.errors import CheckFailedError, NanokitError, RequestError
+from nano.folder import human_bytes, sha256_file, write_text_atomically
+from nano.hub import resolve_model
+from nano.manifest import NAME as MANIFEST
+from nano.manifest import fingerprint, has_manifest, read_manifest
+from nano.progress import emit_json, say, show
+from nano.recipe import BUILTIN_TEACHER, BUILTIN_TEXT, Recipe, StudentWish, read_recipe
+from nano.version import __version__
+
+STATE = "build.json"
+
+
+@dataclass
+class Build:
+    """One run of a recipe: where it writes, and which keys its outputs have."""
+
+    recipe: Recipe
+    out: Path
+    rebuild: bool
+    keys: dict[str, Any]
+    ran: int = 0
+    skipped: int = 0
+
+    def stage(self, name: str, target: Path, inputs: dict[str, Any], make: Callable[[], Any]) -> None:
+        """Make `target` unless it is whole and was made from the same inputs."""
+        described = json.dumps({"stage": name, "version": __version__, **inputs}, sort_keys=True, default=str)
+        key = hashlib.sha256(described.encode()).hexdigest()
+        label = target.relative_to(self.out).as_posix()
+        if not self.rebuild and self.keys.get(label) == key and is_whole(target):
+            self.skipped += 1
+            say(f"── {label}: unchanged")
+            return
+        say(f"── {label}")
+        self.keys.pop(label, None)
+        start = time.monotonic()
+        make()
+        self.ran += 1
+        self.keys[label] = key
+        write_text_atomically(self.out / STATE, json.dumps(self.keys, indent=2) + "\n")
+        say(f"   {label}: {time.monotonic() - start:.0f} s")
+
+
+def is_whole(target: Path) -> bool:
+    """Whether a stage's output is there: every file of its manifest, of its recorded size (or the JSON file)."""
+    if target.suffix == ".json":
+        return target.is_file()
+    if not (target / MANIFEST).is_file():
+        return False
+    files = read_manifest(target).files.items()
+    return all((target / n).is_file() and (target / n).stat().st_size == entry["bytes"] for n, entry in files)
+
+
+def run_recipe(path: Path, *, out: Path | None, rebuild: bool, json_mode: bool) -> int:
+    """Build a recipe and print what was made and where.
+
+    Returns:
+        The exit status: 1 when a bundle does not fit its phone, else 0.
+
+    Raises:
+        RequestError: the recipe, or the folder to build in, cannot be used.
+    """
+    start = time.monotonic()
+    recipe = read_recipe(path)
+    build = _open_build(recipe, out or Path(recipe.out or f"{recipe.name}-out"), rebuild)
+    teacher, data, heldout = _inputs(recipe, build.out)
+    rows = []
+    for wish in recipe.students:
+        rows += _build_student(build, wish, teacher, data, heldout)
+    seconds = time.monotonic() - start
+    samples = _sample(recipe, build.out)
+    if json_mode:
+        counts = {"ran": build.ran, "skipped": build.skipped, "seconds": seconds}
+        emit_json({"recipe": recipe.name, "out": str(build.out), **counts, "artifacts": rows, "sample": samples})
+    else:
+        _print(recipe, rows, samples)
+        say(f"{build.ran} stages run, {build.skipped} unchanged, {seconds:.0f} s; everything is in {build.out}/")
+    return 0 if all(row.get("fits") is not False for row in rows) else CheckFailedError.exit_status
+
+
+def _open_build(recipe: Recipe, out: Path, rebuild: bool) -> Build:
+    """The folder to build in: ours from an earlier run, or a new one; never somebody else's."""
+    state = out / STATE
+    if out.exists() and not state.is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(
+            "The output folder exists and is not an earlier build.",
+            found=str(out),
+            expected=f"an empty or absent folder, or one with {STATE}",
+            todo="choose another --out",
+        )
+    keys: dict[str, Any] = {}
+    if state.is_file():
+        try:
+            keys = dict(json.loads(state.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            say(f"{state} cannot be read: everything is made again")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(state, json.dumps(keys, indent=2) + "\n")
+    return Build(recipe, out, rebuild, keys)
+
+
+def _inputs(recipe: Recipe, out: Path) -> tuple[Path, list[Path], list[Path]]:
+    """Teacher, training text, held-out text."""
+    if recipe.teacher == BUILTIN_TEACHER:
+        teacher: Path = _door("nano.demo.assets:teacher_folder")()
+    else:
+        teacher = resolve_model(recipe.teacher)
+    if recipe.data == (BUILTIN_TEXT,):
+        texts = _door("nano.demo.text:write_demo_text")(out / "text")
+        return teacher, [texts["train"]], [texts["heldout"]]
+    return teacher, [Path(p) for p in recipe.data], [Path(p) for p in recipe.heldout]
+
+
+def _door(target: str) -> Any:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _build_student(
+    build: Build, wish: StudentWish, teacher: Path, data: list[Path], heldout: list[Path]
+) -> list[dict[str, Any]]:
+    """One student all the way; a row for each of its artifacts."""
+    recipe, home = build.recipe, build.out / wish.name
+    data_hashes = [sha256_file(p) for p in data]
+    student = home / "student"
+    if wish.size == "teacher":
+        student = teacher
+    else:
+        inputs = {"teacher": fingerprint(teacher), "data": data_hashes, "size": wish.size, "options": recipe.distill}
+        distill = _door("distill.run:run_distill")
+        build.stage(
+            "distill", student, inputs, lambda: distill(teacher, wish.size, data, student, recipe.distill, force=True)
+        )
+    int4 = home / "int4"
+    inputs = {"student": fingerprint(student), "data": data_hashes, "options": recipe.quantize}
+    quantize = _door("quantize.run:run_quantize")
+    build.stage("quantize", int4, inputs, lambda: quantize(student, data, int4, recipe.quantize, force=True))
+    rows = [_evaluated(build, wish, home, "student", student, teacher, heldout)]
+    rows.append(_evaluated(build, wish, home, "int4", int4, teacher, heldout))
+    for format in recipe.formats:
+        bundle = home / format
+        inputs = {"int4": fingerprint(int4), "options": recipe.export, "heldout": [sha256_file(p) for p in heldout]}
+        _export_stage(build, format, bundle, int4, inputs, heldout)
+        row = _evaluated(build, wish, home, format, bundle, teacher, heldout)
+        rows.append({**row, **_checked(bundle, wish.profile)})
+    return rows
+
+
+def _export_stage(
+    build: Build, format: str, bundle: Path, int4: Path, inputs: dict[str, Any], heldout: list[Path]
+) -> None:
+    export = _door("export.run:run_export")
+    build.stage(
+        format, bundle, inputs, lambda: export(int4, format, bundle, build.recipe.export, data=heldout, force=True)
+    )
+
+
+def _evaluated(
+    build: Build, wish: StudentWish, home: Path, stage: str, model: Path, teacher: Path, heldout: list[Path]
+) -> dict[str, Any]:
+    """A model's scores against the teacher, from disk where nothing changed."""
+    from nano.evaluate import evaluate_folders
+
+    options = build.recipe.evaluate
+    target = home / f"scores-{stage}.json"
+
+    def make() -> None:
+        scores = evaluate_folders(
+            model,
+            heldout,
+            reference_folder=teacher,
+            tokens=options.tokens,
+            sequence_length=options.sequence_length,
+        )
+        write_text_atomically(target, json.dumps(scores.as_dict(), indent=2) + "\n")
+
+    inputs = {"model": fingerprint(model), "teacher": fingerprint(teacher), "options": dataclasses.asdict(options)}
+    build.stage("evaluate", target, {**inputs, "heldout": [sha256_file(p) for p in heldout]}, make)
+    scores = json.loads(target.read_text(encoding="utf-8"))
+    size = sum(p.stat().st_size for p in model.rglob("*") if p.is_file())
+    row = {"student": wish.name, "stage": stage, "path": str(model), "bytes": size, **scores}
+    if has_manifest(model):
+        row["parity"] = read_manifest(model).results.get("parity")
+    return row
+
+
+def _checked(bundle: Path, profile: str | None) -> dict[str, Any]:
+    """A bundle's memory verdict on the phone it is for."""
+    if profile is None:
+        return {}
+    verdict = _door("device_profiles.check:check_bundle")(bundle, profile)
+    return {"profile": profile, "fits": verdict.fits, "peak_bytes": verdict.peak_bytes}
+
+
+def _sample(recipe: Recipe, out: Path) -> dict[str, str]:
+    """What each artifact of the last student says to the recipe's prompt."""
+    from nano.lm import generate, open_model
+
+    texts = {}
+    for wish in recipe.students:
+        for format in recipe.formats:
+            model = open_model(out / wish.name / format)
+            try:
+                ids = generate(model, recipe.prompt, 40)
+                texts[f"{wish.name}/{format}"] = model.tokenizer.decode([*model.tokenizer.encode(recipe.prompt), *ids])
+            except NanokitError as error:
+                texts[f"{wish.name}/{format}"] = f"({error.problem})"
+            finally:
+                model.close()
+    return texts
+
+
+def _print(recipe: Recipe, rows: list[dict[str, Any]], samples: dict[str, str]) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{recipe.name}: what was made")
+    for heading in ("artifact", "size", "perplexity", "KL to teacher", "same top", "phone"):
+        table.add_column(heading, justify="left" if heading in ("artifact", "phone") else "right")
+    for row in rows:
+        phone = f"{row['profile']}: {'fits' if row['fits'] else 'TOO BIG'}" if "profile" in row else ""
+        figures = (f"{row['perplexity']:.3f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}")
+        table.add_row(f"{row['student']}/{row['stage']}", human_bytes(row["bytes"]), *figures, phone)
+    table.caption = f"perplexity of the teacher: {rows[0]['reference_perplexity']:.3f}"
+    show(table)
+    for name, text in samples.items():
+        say(f"{name} says: {text}")
