@@ -71,7 +71,8 @@ def inverse_factor(hessian_KK: torch.Tensor, damping: float) -> torch.Tensor:
         reversed_KK = (hessian_KK + factor * level * identity_KK).flip(0, 1)
         lower_KK, failed = torch.linalg.cholesky_ex(reversed_KK)
         if int(failed) == 0 and bool(torch.isfinite(lower_KK).all()):
-            return torch.linalg.solve_triangular(lower_KK.flip(0, 1), identity_KK, upper=True)
+            inverse_KK: torch.Tensor = torch.linalg.solve_triangular(lower_KK.flip(0, 1), identity_KK, upper=True)
+            return inverse_KK
         factor *= 10
     raise WorkError(
         "The calibration inputs of a layer cannot be solved for.",
@@ -95,6 +96,9 @@ def gptq(weight_NK: torch.Tensor, hessian_KK: torch.Tensor, grid: Grid, damping:
     hessian_KK.diagonal()[dead_K] = importance_K[~dead_K].mean() if bool((~dead_K).any()) else 1.0
     scale_NG = search_scales(weight_NK, grid.group_size, grid.bits, importance_K.clamp_min(1e-12))
     codes_NK = solve_codes(weight_NK, hessian_KK, scale_NG, grid, damping)
+    # A group of zeros has no scale of its own to carry other channels' errors: it stays zero.
+    empty_NG = (weight_NK.view(len(weight_NK), -1, grid.group_size) == 0).all(-1)
+    codes_NK.view(len(weight_NK), -1, grid.group_size)[empty_NG] = 0
     return QuantizedTensor(codes_NK, scale_NG, grid.group_size, grid.bits)
 
 

@@ -122,5 +122,3 @@ def linear_inputs(
                 yield part, seen.pop(), valid_bT
     finally:
         handle.remove()
-
-

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 Method = Literal["rtn", "gptq"]
-EmbeddingBits = Literal["float", "8", "4"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,6 @@ class QuantizeOptions:
         length: tokens a calibration window holds.
         seed: which windows are drawn.
         damping: share of the mean curvature added to every input channel before the solve (gptq).
-        embedding: bits of the embedding (and of a tied head): "float" leaves it as it is.
     """
 
     method: Method = "gptq"
@@ -30,4 +28,3 @@ class QuantizeOptions:
     length: int = 256
     seed: int = 0
     damping: float = 0.01
-    embedding: EmbeddingBits = "float"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nano.errors import RequestError
-from nano.families import EMBEDDING, HEAD, linear_names, weight_shapes
+from nano.families import HEAD, linear_names, weight_shapes
 from nano.shapes import ModelShape
 from quantize.options import QuantizeOptions
 
@@ -86,12 +86,8 @@ class QuantRecipe:
 
 
 def default_recipe(options: QuantizeOptions) -> QuantRecipe:
-    """Every decoder linear int4; embedding and head as the options say."""
-    rules = [Rule(r"model\.layers\.\d+\..*_proj", 4, options.group_size)]
-    if options.embedding != "float":
-        bits = int(options.embedding)
-        rules.append(Rule(f"{re.escape(EMBEDDING)}|{re.escape(HEAD)}", bits, options.group_size))
-    return QuantRecipe(tuple(rules))
+    """Every decoder linear int4; embedding and head stay float."""
+    return QuantRecipe((Rule(r"model\.layers\.\d+\..*_proj", 4, options.group_size),))
 
 
 def check_grids(shape: ModelShape, grids: Mapping[str, Grid]) -> None:

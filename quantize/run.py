@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nano.errors import RequestError, WorkError
+from nano.errors import RequestError
 from nano.families import layer_prefix, weight_shapes
 from nano.folder import check_output, require_space, staged_folder
 from nano.manifest import Manifest, input_entry, write_manifest
@@ -167,6 +167,3 @@ def _rounded_layers(
                 lost = (weights[module].dequantize() - weight_NK).square().sum()
                 errors[module] = float(lost / weight_NK.square().sum().clamp_min(1e-30))
         yield weights, errors
-
-
-__all__ = ["WorkError", "run_quantize"]
