@@ -169,7 +169,11 @@ class CheckpointWriter:
 
         if not self._pending:
             return
-        save_file(self._pending, self.folder / f"shard-{len(self._shards)}.tmp", metadata={"format": "pt"})
+        path = self.folder / f"shard-{len(self._shards)}.tmp"
+        path.touch()
+        mode = path.stat().st_mode  # safetensors makes files that only their owner reads
+        save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(mode)
         self._shards.append(list(self._pending))
         self._total += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0

@@ -64,8 +64,10 @@ def evaluate(
         return 0
     from rich.table import Table
 
-    table = Table(title=f"{model}" + (f" against {reference}" if reference else ""), show_header=False)
+    table = Table(show_header=False)
     rows = {
+        "model": model,
+        "reference": reference,
         "perplexity": f"{scores.perplexity:.4f}",
         "tokens": f"{scores.tokens:,}",
         "perplexity of the reference": scores.reference_perplexity and f"{scores.reference_perplexity:.4f}",
