@@ -28,8 +28,9 @@ def int8_per_token(x_K: torch.Tensor) -> torch.Tensor:
 def int8_per_block(x_K: torch.Tensor, block: int) -> torch.Tensor:
     """ONNX Runtime's dynamic quantization of (..., K), and back to float: symmetric int8, one grid a block."""
     x_Gb = x_K.float().reshape(*x_K.shape[:-1], -1, block)
-    scale = x_Gb.abs().amax(-1, keepdim=True) / 127.0
-    inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
+    largest = x_Gb.abs().amax(-1, keepdim=True)
+    scale = largest / 127.0
+    inverse = torch.where(largest > 0, 127.0 / largest, torch.zeros_like(largest))
     codes = (x_Gb * inverse).round().clamp(-128, 127)
     dequantised: torch.Tensor = (codes * scale).flatten(-2).to(x_K.dtype)
     return dequantised

@@ -1,0 +1,226 @@
+"""An int4 checkpoint as an onnxruntime-genai folder: model.onnx, model.onnx.data, genai_config.json.
+
+Our own graph writer (`export.onnx_graph`), because the model builder of onnxruntime-genai 0.18 requantizes,
+or needs repairs with transformers 5, and loads the whole model. Weights go straight from the checkpoint's file
+to model.onnx.data, codes and scales unchanged.
+
+Opset 21 and IR version 10, those of onnx 1.16, which every ONNX Runtime since 1.18 reads, the full packages for
+Android and iOS among them (https://onnxruntime.ai/docs/reference/compatibility.html); Gelu needs opset 20.
+What binds harder is the contrib operators: see `MINIMUM_RUNTIME`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from export.genai_config import MODEL, NAME, genai_config
+from export.onnx_data import DATA, DataFile, grid_of
+from export.onnx_graph import DecoderGraph, GraphOptions
+from export.options import ExportOptions
+from nano.errors import UnsupportedError, require_module
+from nano.families import EMBEDDING, HEAD, family_of
+from nano.shapes import SLIDING, ModelShape
+from nano.tokens import TextTokenizer
+from quantize.packed import Int4Checkpoint
+
+OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10
+DEFAULT_CONTEXT = 2048
+ACCURACY_LEVEL = {"int8": 4, "float": 1}
+"""MatMulNBits' accuracy_level: 4 quantizes its input to int8 by blocks, 1 computes in float32."""
+BLOCKS = (16, 32, 64, 128, 256)
+"""Block sizes that MLAS has kernels for (onnxruntime/core/mlas/lib/qnbitgemm.cpp, GetQNBitGemmVariant)."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rotations whose angles do not depend on the length of the text, so a table holds them."""
+
+
+def write_onnx(
+    checkpoint: Int4Checkpoint, folder: Path, options: ExportOptions, tokenizer: TextTokenizer
+) -> dict[str, Any]:
+    """Write an onnxruntime-genai folder; tokenizer files are the caller's.
+
+    Args:
+        checkpoint: the int4 folder, opened.
+        folder: exists and is empty (a staged folder).
+        options: see `ExportOptions`.
+        tokenizer: gives the ids that begin and end a text.
+
+    Returns:
+        Plain data: "footprint" (bytes by cause, "context", "chunk"), "modules" (for each quantized module the
+        names of its initializers, its bits and group size), "graph" (opset, IR version, operators and their number).
+
+    Raises:
+        UnsupportedError: something in the checkpoint that the operators cannot take; nothing is written.
+        MissingExtraError: onnx is not installed.
+    """
+    ir = require_module("onnx_ir", "onnx")
+    require_module("onnx", "onnx")
+    context = check_onnx(checkpoint, options)
+    slack = window_slack(checkpoint.shape, context, options.chunk)
+    data = DataFile()
+    decoder = DecoderGraph(checkpoint, _graph_options(checkpoint, options, context, slack), data)
+    graph = decoder.build()
+    graph.opset_imports.update({"": OPSET, "com.microsoft": CONTRIB_OPSET})
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="nanokit")
+    model.metadata_props.update(_metadata(checkpoint.shape, options, context, slack))
+    ir.save(model, folder / MODEL)
+    data.write(folder)
+    config = genai_config(checkpoint.shape, checkpoint.config, tokenizer, context=context, slack=slack)
+    (folder / NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if not (checkpoint.folder / TOKENIZER_CONFIG).is_file():
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(_tokenizer_config(tokenizer)) + "\n", encoding="utf-8")
+    operators = [node.op_type for node in graph]
+    footprint = _footprint(checkpoint.shape, options, decoder, context, slack)
+    return {
+        "footprint": {"file_bytes": sum((folder / name).stat().st_size for name in (MODEL, DATA)), **footprint},
+        "modules": decoder.modules,
+        "graph": {
+            "opset": OPSET,
+            "ir_version": IR_VERSION,
+            "operators": {name: operators.count(name) for name in sorted(set(operators))},
+        },
+    }
+
+
+def _tokenizer_config(tokenizer: TextTokenizer) -> dict[str, Any]:
+    """The least that onnxruntime-genai's tokenizer needs beside tokenizer.json."""
+    special = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
+    tokens = {key: None if i is None else tokenizer.backend.id_to_token(i) for key, i in special.items()}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+
+
+def check_onnx(checkpoint: Int4Checkpoint, options: ExportOptions) -> int:
+    """Refuse what the operators cannot take, before any work; the context, resolved.
+
+    Raises:
+        UnsupportedError: says which module or setting, and what would be taken.
+    """
+    for module in checkpoint.modules:
+        grid = grid_of(checkpoint, module)
+        if grid.group_size not in BLOCKS or grid.columns % grid.group_size or grid.bits not in (4, 8):
+            raise UnsupportedError(
+                "ONNX Runtime's int4 kernel cannot take this grid.",
+                found=f"'{module}': {grid.bits} bits, groups of {grid.group_size} on {grid.columns} columns",
+                expected=f"groups of {', '.join(map(str, BLOCKS))} that divide the columns",
+                todo="quantize again with --group-size 32",
+            )
+    shape = checkpoint.shape
+    context = options.context or min(shape.max_positions, DEFAULT_CONTEXT)
+    if not 1 <= context <= shape.max_positions:
+        raise UnsupportedError(
+            "The context does not fit the model.",
+            found=f"--context {options.context}",
+            expected=f"at most the {shape.max_positions} positions that it was trained for",
+        )
+    if options.chunk < 1:
+        raise UnsupportedError("The chunk is too small.", found=f"--chunk {options.chunk}", expected="at least 1")
+    return context
+
+
+def _check_config(config: Any) -> None:
+    """Refuse settings of a transformers configuration that the graph does not carry."""
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(config, key, None):
+            raise UnsupportedError(
+                "This model's attention is not supported in ONNX.", found=f"{key} = {getattr(config, key)}"
+            )
+    rope = config.rope_parameters
+    for kind, one in rope.items() if all(isinstance(value, dict) for value in rope.values()) else [("", rope)]:
+        if one.get("rope_type", "default") not in STATIC_ROPE or one.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UnsupportedError(
+                "This model's rotary positions are not supported in ONNX.",
+                found=f"{kind} rope_parameters {one}".strip(),
+                expected=f"rope_type one of {', '.join(STATIC_ROPE)}, over the whole head",
+            )
+
+
+def window_slack(shape: ModelShape, context: int, chunk: int) -> int | None:
+    """Positions that sliding layers keep beyond their window, or None where their caches are full-length.
+
+    The operator evicts slack + 1 positions at once, so a slack of a chunk makes that copy rare. Where window and
+    slack reach the context, a full-length cache is the smaller one.
+    """
+    if SLIDING not in shape.layer_types or shape.sliding_window is None:
+        return None
+    return chunk if shape.sliding_window + chunk < context else None
+
+
+def _graph_options(checkpoint: Int4Checkpoint, options: ExportOptions, context: int, slack: int | None) -> GraphOptions:
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+    _check_config(config)
+    return GraphOptions(
+        accuracy_level=ACCURACY_LEVEL[options.activations],
+        last_only=options.logits == "last",
+        windowed=slack is not None,
+        attention_scale=float(getattr(config, "query_pre_attn_scalar", checkpoint.shape.head_dim)) ** -0.5,
+        eps=float(config.rms_norm_eps),
+        rope=rotation_tables(checkpoint.shape, config, context),
+    )
+
+
+def rotation_tables(shape: ModelShape, config: Any, context: int) -> dict[str, tuple[Any, Any]]:
+    """cos and sin, float32 (context, A / 2), for each kind of layer, by transformers' own rotary module.
+
+    Args:
+        shape: the model's dimensions.
+        config: its transformers configuration.
+        context: how many positions.
+    """
+    import torch
+    import transformers
+
+    architecture = family_of(shape.family).architecture
+    modeling = sys.modules[getattr(transformers, architecture).__module__]
+    rotary = getattr(modeling, architecture.replace("ForCausalLM", "RotaryEmbedding"))(config=config)
+    positions_1T, x = torch.arange(context)[None], torch.zeros(1)
+    half = shape.head_dim // 2
+    tables: dict[str, tuple[Any, Any]] = {}
+    for kind in sorted(set(shape.layer_types)):
+        # Gemma 3 has a rotation for each kind of layer, the others one for all
+        arguments = (kind,) if hasattr(rotary, f"{kind}_inv_freq") else ()
+        with torch.inference_mode():
+            cos_1TA, sin_1TA = rotary(x, positions_1T, *arguments)
+        assert cos_1TA.shape == (1, context, shape.head_dim), cos_1TA.shape
+        tables[kind] = (cos_1TA[0, :, :half].contiguous().numpy(), sin_1TA[0, :, :half].contiguous().numpy())
+    return tables
+
+
+def _metadata(shape: ModelShape, options: ExportOptions, context: int, slack: int | None) -> dict[str, str]:
+    """What our own runner must know, kept in the model file itself."""
+    facts: dict[str, Any] = {"context": context, "chunk": options.chunk, "logits": options.logits, "activations": options.activations}  # noqa: E501  # fmt: skip
+    if slack is not None:
+        facts["cache_slots"] = (shape.sliding_window or 0) + slack
+    return {f"nanokit.{key}": str(value) for key, value in facts.items()}
+
+
+def _footprint(
+    shape: ModelShape, options: ExportOptions, decoder: DecoderGraph, context: int, slack: int | None
+) -> dict[str, Any]:
+    """Bytes by cause; `file_bytes` is added once the files are written."""
+    lengths = {name: region.length for name, region in decoder.data.regions.items()}
+    by_module: dict[str, int] = {}
+    for name, length in lengths.items():
+        module = name.rpartition(".")[0]
+        by_module[module] = by_module.get(module, 0) + length
+    quantized = {module: by_module[module] for module in decoder.modules}
+    embedding = by_module[EMBEDDING] + by_module.get(HEAD, 0)
+    linear = sum(n for module, n in quantized.items() if module not in (EMBEDDING, HEAD))
+    window = (shape.sliding_window or context) + (slack or 0)
+    slots = [window if slack is not None and kind == SLIDING else context for kind in shape.layer_types]
+    rows = 1 if options.logits == "last" else options.chunk
+    return {
+        "linear_bytes": linear,
+        "embedding_bytes": embedding,
+        "float_weight_bytes": sum(lengths.values()) - linear - embedding,
+        "packed_copy_bytes": linear + quantized.get(EMBEDDING if shape.tied else HEAD, 0),
+        "kv_cache_bytes": sum(2 * 4 * n * shape.num_kv_heads * shape.head_dim for n in slots),
+        "kv_cache_dtype": "float32",
+        "logits_bytes": 4 * rows * shape.vocab_size,
+        "context": context,
+        "chunk": options.chunk,
+    }

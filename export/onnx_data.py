@@ -1,0 +1,166 @@
+"""model.onnx.data: weights laid out first, then streamed from the checkpoint slab by slab.
+
+The layout needs only the checkpoint's headers, so the graph is built and checked before a byte is copied, and no
+tensor is ever whole in memory. A tensor of a page or more starts at a page's border, so that a runtime can map it:
+https://github.com/onnx/onnx/blob/main/docs/ExternalData.md ("offset ... multiples of 4096 ... enable mmap support").
+
+The packed words of compressed-tensors hold eight codes + 8, the first in the lowest bits; read as little-endian
+bytes they are the nibbles of MatMulNBits and GatherBlockQuantized as they stand, so codes are copied, not repacked.
+
+Legend: N output channels, K input channels, G = K / group size groups, B bytes of a group's codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nano.errors import require_module
+from nano.progress import Track, track
+from quantize.packed import PACKED, SCALE, SHAPE, Int4Checkpoint
+
+DATA = "model.onnx.data"
+PAGE = 4096
+SMALL = 64
+"""Alignment of tensors below a page: a cache line."""
+SLAB = 8 << 20
+"""Bytes copied at a time."""
+
+Pieces = Callable[[], Iterator[npt.NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a module lies on the grid, from the checkpoint's headers alone.
+
+    Attributes:
+        rows, columns: N and K.
+        group_size: input channels that share a scale.
+        bits: 4 or 8.
+    """
+
+    rows: int
+    columns: int
+    group_size: int
+    bits: int
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.columns // self.group_size
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of all codes."""
+        return self.rows * self.columns * self.bits // 8
+
+
+def grid_of(checkpoint: Int4Checkpoint, module: str) -> Grid:
+    """The grid of a quantized module, without reading its codes."""
+    rows, columns = (int(v) for v in checkpoint.store.tensor(module + SHAPE))
+    words = checkpoint.store.size(module + PACKED)[1]
+    groups = checkpoint.store.size(module + SCALE)[1]
+    return Grid(rows, columns, columns // groups, words * 32 // columns)
+
+
+@dataclass(frozen=True)
+class Region:
+    """One tensor's place in the data file.
+
+    Attributes:
+        name: of the initializer it was laid out for.
+        offset, length: in bytes.
+        pieces: gives its contents in order.
+    """
+
+    name: str
+    offset: int
+    length: int
+    pieces: Pieces
+
+
+class DataFile:
+    """The layout of a data file that grows as initializers are asked for, and its writer."""
+
+    def __init__(self) -> None:
+        self._ir = require_module("onnx_ir", "onnx")
+        self.regions: dict[str, Region] = {}
+        self.size = 0
+
+    def place(self, name: str, length: int, pieces: Pieces) -> None:
+        """Give a tensor its place after what has been placed so far."""
+        alignment = PAGE if length >= PAGE else SMALL
+        offset = -(-self.size // alignment) * alignment
+        self.regions[name] = Region(name, offset, length, pieces)
+        self.size = offset + length
+
+    def value(self, name: str, dtype: str, shape: tuple[int, ...], region: str | None = None) -> Any:
+        """An `onnx_ir.Value` whose contents are a region of this file.
+
+        Args:
+            name: of the initializer.
+            dtype: as `onnx_ir.DataType` names it.
+            shape: dimensions.
+            region: name of the region, where another initializer's is shared.
+        """
+        ir = self._ir
+        place = self.regions[region or name]
+        tensor = ir.ExternalTensor(
+            DATA, place.offset, place.length, ir.DataType[dtype], shape=ir.Shape(shape), name=name
+        )
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        assert place.length == tensor.size * tensor.dtype.itemsize, name
+        return value
+
+    def write(self, folder: Path) -> None:
+        """Stream every region into `folder`/model.onnx.data; progress counts MiB."""
+        total = sum(region.length for region in self.regions.values())
+        with (
+            track("write model.onnx.data", -(-total >> 20) or 1, "MiB") as progress,
+            (folder / DATA).open("wb") as file,
+        ):
+            for region in self.regions.values():
+                file.write(bytes(region.offset - file.tell()))
+                _stream(file, region, progress)
+
+
+def _stream(file: Any, region: Region, progress: Track) -> None:
+    before = file.tell() >> 20
+    for piece in region.pieces():
+        file.write(np.ascontiguousarray(piece))
+        after = file.tell() >> 20
+        progress.advance(after - before)
+        before = after
+    assert file.tell() == region.offset + region.length, region.name
+
+
+def packed_codes(checkpoint: Int4Checkpoint, module: str) -> Pieces:
+    """Codes of a module as MatMulNBits wants them: uint8 (N, G, B), code + 2^(bits-1), low nibble first."""
+    return _slabs(checkpoint, module + PACKED, lambda words: words.contiguous().view(torch.uint8))
+
+
+def scales(checkpoint: Int4Checkpoint, module: str) -> Pieces:
+    """Scales of a module, float32 (N, G)."""
+    return _slabs(checkpoint, module + SCALE, lambda rows: rows.float())
+
+
+def floats(checkpoint: Int4Checkpoint, name: str, offset: float = 0.0) -> Pieces:
+    """A float tensor of the checkpoint as float32, `offset` added."""
+    return _slabs(checkpoint, name, lambda rows: rows.float() + offset if offset else rows.float())
+
+
+def _slabs(checkpoint: Int4Checkpoint, name: str, convert: Callable[[torch.Tensor], torch.Tensor]) -> Pieces:
+    def pieces() -> Iterator[npt.NDArray[Any]]:
+        size = checkpoint.store.size(name)
+        row_bytes = 4 * (size[1] if len(size) > 1 else 1)
+        step = max(1, SLAB // row_bytes)
+        for start in range(0, size[0], step):
+            yield convert(checkpoint.store.rows(name, start, min(start + step, size[0]))).numpy()
+
+    return pieces

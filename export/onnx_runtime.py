@@ -1,0 +1,173 @@
+"""Run an ONNX bundle: in a plain onnxruntime session behind `LanguageModel`, and in onnxruntime-genai.
+
+The caches are allocated once, at the context's length (sliding layers: window + slack), and each is bound as input
+and as output, so the attention writes in place and a step copies nothing. The operator finds its place by the
+attention mask's length alone, so emptying the context is setting a number.
+
+Legend: B batch (1), T positions of a call, V vocabulary, G key/value heads, A head width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.genai_config import MODEL, NAME, SESSION_OPTIONS
+from nano.errors import BadFileError, RequestError, require_module
+from nano.lm import Activations, Logits
+from nano.tokens import TextTokenizer, load_tokenizer
+
+THREADS = "NANOKIT_THREADS"
+"""Environment variable: how many threads the runtime may use; all cores where it is not set."""
+
+
+class OnnxModel:
+    """A plain onnxruntime session with its caches; see `LanguageModel`.
+
+    Args:
+        session: of model.onnx.
+        tokenizer: of the bundle.
+    """
+
+    def __init__(self, session: Any, tokenizer: TextTokenizer) -> None:
+        facts = {k.removeprefix("nanokit."): v for k, v in session.get_modelmeta().custom_metadata_map.items()}
+        self.tokenizer = tokenizer
+        self.context, self.chunk = int(facts["context"]), int(facts["chunk"])
+        self.activations: Activations = "int8-ort" if facts["activations"] == "int8" else "float"
+        self.vocab_size = int(session.get_outputs()[0].shape[-1])
+        self._all = facts["logits"] == "all"
+        self._session: Any = session
+        self._binding = session.io_binding()
+        self._position = 0
+        self._bind_caches(facts)
+
+    def _bind_caches(self, facts: dict[str, str]) -> None:
+        ort = require_module("onnxruntime", "onnx")
+        for value in self._session.get_inputs()[2:]:
+            _batch, heads, slots, width = value.shape
+            length = int(facts["cache_slots"]) if "sliding" in slots else self.context
+            cache = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, length, width), np.float32))
+            self._binding.bind_ortvalue_input(value.name, cache)
+            self._binding.bind_ortvalue_output(value.name.replace("past_key_values", "present"), cache)
+
+    def logits(self, windows: Sequence[npt.NDArray[np.int64]]) -> list[Logits]:
+        """See `LanguageModel.logits`: one call a window, or one a token where the graph gives the last row only."""
+        out: list[Logits] = []
+        for window in windows:
+            self._position = 0
+            pieces = [window] if self._all else [window[i : i + 1] for i in range(len(window))]
+            out.append(np.concatenate([self._step(piece) for piece in pieces]))
+        return out
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """See `LanguageModel.prefill`; takes the prompt in chunks."""
+        self._position = 0
+        for start in range(0, len(ids), self.chunk):
+            last = self._step(np.asarray(ids[start : start + self.chunk], np.int64))
+        row: Logits = last[-1]
+        return row
+
+    def decode(self, token: int) -> Logits:
+        """See `LanguageModel.decode`."""
+        row: Logits = self._step(np.array([token], np.int64))[-1]
+        return row
+
+    def _step(self, ids_T: npt.NDArray[np.int64]) -> Logits:
+        """Logits of a call: (T, V), or (1, V) where the graph gives the last row only."""
+        end = self._position + len(ids_T)
+        if not len(ids_T) or end > self.context:
+            raise RequestError(
+                "The text does not fit the bundle.", found=f"{end} positions", expected=f"1 to {self.context}"
+            )
+        self._binding.bind_cpu_input("input_ids", ids_T[None])
+        self._binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
+        self._binding.bind_output("logits")
+        self._session.run_with_iobinding(self._binding)
+        self._position = end
+        logits: Logits = self._binding.get_outputs()[-1].numpy()[0]
+        return logits
+
+    def close(self) -> None:
+        """Free the session and the caches."""
+        self._binding = self._session = None
+
+
+def open_onnx(folder: Path) -> OnnxModel:
+    """An ONNX bundle behind the `LanguageModel` protocol.
+
+    Raises:
+        BadFileError: a file is missing or truncated, or the runtime cannot read it.
+        MissingExtraError: onnxruntime is not installed.
+    """
+    ort = require_module("onnxruntime", "onnx")
+    check_files(folder)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    for key, value in SESSION_OPTIONS.items():
+        options.add_session_config_entry(key, value)
+    if os.environ.get(THREADS, "").isdigit():
+        options.intra_op_num_threads = int(os.environ[THREADS])
+    try:
+        session = ort.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises bare pybind exceptions of many kinds
+        raise BadFileError("ONNX Runtime cannot read this bundle.", found=f"{folder / MODEL}: {error}") from None
+    if "nanokit.context" not in session.get_modelmeta().custom_metadata_map:
+        raise BadFileError("This ONNX model was not made by nanokit.", found=str(folder / MODEL))
+    return OnnxModel(session, load_tokenizer(folder, int(session.get_outputs()[0].shape[-1])))
+
+
+def check_files(folder: Path) -> None:
+    """The model file is ONNX, and every tensor that it names lies within its data file.
+
+    Raises:
+        BadFileError: a file is missing, truncated, or not ONNX.
+    """
+    from export.onnx_readback import load_graph
+
+    for value in load_graph(folder).initializers.values():
+        tensor = value.const_value
+        path = getattr(tensor, "path", None)
+        if path is None:
+            continue
+        size = Path(path).stat().st_size if Path(path).is_file() else None
+        if size is None or size < tensor.offset + tensor.length:
+            raise BadFileError(
+                "The bundle's weights are missing." if size is None else "The bundle's weights are truncated.",
+                found=f"no {path}" if size is None else f"{path}: {size} bytes",
+                expected=f"at least {tensor.offset + tensor.length} bytes for '{value.name}'",
+                todo="copy the bundle again",
+            )
+
+
+def run_genai(folder: Path, prompt: str, max_new_tokens: int) -> str:
+    """Continue a prompt greedily with onnxruntime-genai: its model, its tokenizer, its generator.
+
+    Raises:
+        BadFileError: the bundle is not whole.
+        MissingExtraError: onnxruntime-genai is not installed.
+    """
+    genai = require_module("onnxruntime_genai", "onnx")
+    check_files(folder)
+    config = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    try:
+        model = genai.Model(str(folder))
+        tokenizer = genai.Tokenizer(model)
+    except Exception as error:  # pybind exceptions of many kinds
+        raise BadFileError("onnxruntime-genai cannot read this bundle.", found=f"{folder}: {error}") from None
+    # genai's tokenizer leaves the beginning id to the caller; whether there is one, the bundle's own files say
+    ours = load_tokenizer(folder)
+    ids = np.array([*([] if ours.bos_id is None else [ours.bos_id]), *tokenizer.encode(prompt)], np.int32)
+    parameters = genai.GeneratorParams(model)
+    limit = min(len(ids) + max_new_tokens, config["model"]["context_length"])
+    parameters.set_search_options(max_length=limit, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return str(tokenizer.decode(generator.get_sequence(0)[len(ids) :]))
