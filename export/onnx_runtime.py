@@ -152,22 +152,29 @@ def run_genai(folder: Path, prompt: str, max_new_tokens: int) -> str:
         BadFileError: the bundle is not whole.
         MissingExtraError: onnxruntime-genai is not installed.
     """
+    tokenizer, new = genai_continuation(folder, prompt, max_new_tokens)
+    return str(tokenizer.decode(np.array(new, np.int32)))
+
+
+def genai_continuation(folder: Path, prompt: str, max_new_tokens: int) -> tuple[Any, list[int]]:
+    """genai's tokenizer, and the new ids that its generator chooses greedily after a prompt."""
     genai = require_module("onnxruntime_genai", "onnx")
     check_files(folder)
-    config = json.loads((folder / NAME).read_text(encoding="utf-8"))
     try:
         model = genai.Model(str(folder))
         tokenizer = genai.Tokenizer(model)
     except Exception as error:  # pybind exceptions of many kinds
         raise BadFileError("onnxruntime-genai cannot read this bundle.", found=f"{folder}: {error}") from None
     # genai's tokenizer leaves the beginning id to the caller; whether there is one, the bundle's own files say
-    ours = load_tokenizer(folder)
-    ids = np.array([*([] if ours.bos_id is None else [ours.bos_id]), *tokenizer.encode(prompt)], np.int32)
+    bos = load_tokenizer(folder).bos_id
+    ids = np.array([*([] if bos is None else [bos]), *tokenizer.encode(prompt)], np.int32)
+    context = json.loads((folder / NAME).read_text(encoding="utf-8"))["model"]["context_length"]
+    if not 0 < len(ids) < context:
+        raise RequestError("The prompt does not fit.", found=f"{len(ids)} tokens", expected=f"1 to {context - 1}")
     parameters = genai.GeneratorParams(model)
-    limit = min(len(ids) + max_new_tokens, config["model"]["context_length"])
-    parameters.set_search_options(max_length=limit, do_sample=False)
+    parameters.set_search_options(max_length=min(len(ids) + max_new_tokens, context), do_sample=False)
     generator = genai.Generator(model, parameters)
     generator.append_tokens(ids)
     while not generator.is_done():
         generator.generate_next_token()
-    return str(tokenizer.decode(generator.get_sequence(0)[len(ids) :]))
+    return tokenizer, [int(i) for i in generator.get_sequence(0)[len(ids) :]]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nano.families import EMBEDDING, HEAD
 from nano.lm import Activations
 from nano.tokens import load_tokenizer
 from nano.torch_lm import TorchModel
@@ -35,7 +36,9 @@ def load_dequantised(checkpoint: Int4Checkpoint) -> Any:
 def simulate_int8(model: Any, checkpoint: Int4Checkpoint, activations: Activations) -> None:
     """Replace the model's int4 linears by ones that quantize their input as the runtime named does."""
     for name in checkpoint.modules:
-        parent_name, _, leaf = name.rpartition(".")
+        # an embedding on the grid is only looked up, but where it is tied the runtime's head computes with it
+        target = HEAD if name == EMBEDDING and checkpoint.shape.tied else name
+        parent_name, _, leaf = target.rpartition(".")
         parent = model.get_submodule(parent_name)
         linear = getattr(parent, leaf)
         if not isinstance(linear, torch.nn.Linear):
