@@ -1,0 +1,82 @@
+"""`nanokit distill`: check the request, run the stage, say what was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from distill.options import DistillOptions
+
+DEFAULT = DistillOptions()
+
+
+def distill(
+    *,
+    teacher: str,
+    student: str,
+    data: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative=())],
+    out: Path,
+    options: Annotated[DistillOptions, Parameter(name="*")] = DEFAULT,
+    resume: Annotated[bool, Parameter(negative=())] = False,
+    force: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Prune a teacher to a student's size, then train the student against the teacher's logits.
+
+    The student is an ordinary Hugging Face folder. Ctrl-C keeps the state beside the output (OUT.checkpoint):
+    the same command with --resume ends with the same weights as if nothing had happened.
+
+    Parameters
+    ----------
+    teacher
+        A float model: a folder, or a hub id (Llama, Qwen3, Gemma 3 text).
+    student
+        nano-1, nano-2, or a number of parameters like 1.2B, 40M, 150k.
+    data
+        Text to train on (plain text, or JSONL with "text"); may be repeated. A share is held out and measured.
+    out
+        The folder to make.
+    resume
+        Go on with an interrupted run.
+    force
+        Replace the output folder if it exists, once the new one is complete; drop an interrupted run's state.
+    json
+        Print one JSON object on stdout; everything for people goes to stderr.
+    """
+    from distill.run import check_request, run_distill
+    from nano.hub import resolve_model
+    from nano.progress import emit_json
+
+    check_request(data, out, force=force, resume=resume)
+    manifest = run_distill(resolve_model(teacher), student, data, out, options, force, resume=resume)
+    size = sum(entry["bytes"] for entry in manifest.files.values())
+    if json:
+        emit_json({"out": str(out), "bytes": size, "shape": manifest.shape, **manifest.results})
+        return
+    _show(manifest.results, out, size)
+
+
+def _show(results: Mapping[str, Any], out: Path, size: int) -> None:
+    """A table of held-out figures."""
+    from rich.table import Table
+
+    from nano.folder import human_bytes
+    from nano.progress import say, show
+
+    held_out = results["held_out"]
+    table = Table(title=f"{out}: on {held_out['tokens']:,} held-out tokens")
+    for heading in ("", "cross-entropy", "perplexity", "KL to the teacher", "same top token"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, key in (("teacher", "teacher"), ("student after the cut", "start"), ("student trained", "trained")):
+        row = held_out[key]
+        figures = (f"{row['cross_entropy']:.4f}", f"{row['perplexity']:.3f}")
+        compared = (f"{row['kl']:.4f}", f"{row['top1']:.1%}") if "kl" in row else ("", "")
+        table.add_row(name if results["start"] == "pruned" or key != "start" else "student at random", *figures, *compared)  # noqa: E501  # fmt: skip
+    show(table)
+    say(
+        f"{results['parameters']:,} of the teacher's {results['teacher_parameters']:,} parameters, {human_bytes(size)}; "
+        f"{results['train_tokens']:,} tokens in {results['train_seconds']:.0f} s ({results['tokens_per_second']:,.0f}/s)"
+    )

@@ -1,0 +1,78 @@
+"""What training needs of a transformers model: hidden states of a packed batch, its head, and a student built anew.
+
+Logits are never asked of the model: the loss makes them from hidden states, a few tokens at a time.
+
+Legend: B rows, T positions, N positions that carry a token, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from distill.data import PAD, Batch
+from nano.shapes import SLIDING, ModelShape
+
+
+def attention_masks(batch: Batch, shape: ModelShape) -> Any:
+    """What the model takes as attention_mask: none for whole rows, else who may see whom, by kind of layer.
+
+    Args:
+        batch: packed rows.
+        shape: of the model.
+
+    Returns:
+        None; a bool (B, 1, T, T); or, for families whose layers differ in kind, one for each kind.
+    """
+    if batch.whole:
+        return None
+    T = batch.segment_BT.shape[1]
+    at_T = torch.arange(T, device=batch.segment_BT.device)
+    same_BTT = batch.segment_BT[:, :, None] == batch.segment_BT[:, None, :]
+    full_B1TT = (same_BTT & (at_T[:, None] >= at_T[None, :])).unsqueeze(1)
+    if shape.family == "llama":
+        return full_B1TT
+    if shape.sliding_window is None:
+        return {"full_attention": full_B1TT}
+    near_TT = at_T[:, None] - at_T[None, :] < shape.sliding_window
+    return {"full_attention": full_B1TT, SLIDING: full_B1TT & near_TT}
+
+
+def hidden_states(model: Any, shape: ModelShape, batch: Batch) -> torch.Tensor:
+    """What the head sees at the positions that carry a token: (N, D)."""
+    out = model.model(input_ids=batch.ids_BT, attention_mask=attention_masks(batch, shape), use_cache=False)
+    flat: torch.Tensor = out.last_hidden_state.flatten(0, 1)
+    padded = batch.real_N.numel() != flat.shape[0]
+    return flat[batch.real_N] if padded else flat
+
+
+def head_weight(model: Any) -> torch.Tensor:
+    """The output head's weight, (V, D); of a tied model the embedding."""
+    weight: torch.Tensor = model.lm_head.weight
+    return weight
+
+
+def new_model(config: Mapping[str, Any], seed: int = 0) -> Any:
+    """A float32 model of a config.json, initialised as transformers does from `seed`; the global seed is kept."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = AutoConfig.for_model(config["model_type"], **settings)
+        return AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+
+
+def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put every named tensor into a model; a tied head follows its embedding."""
+    missing, unexpected = model.load_state_dict(dict(tensors), strict=False)
+    missing = [name for name in missing if not (name == "lm_head.weight" and model.config.tie_word_embeddings)]
+    assert not missing, missing  # weight_shapes and transformers disagree about the family
+    assert not unexpected, unexpected
+
+
+def positions_of(batch: Batch) -> torch.Tensor:
+    """bool (B, T): where a token is."""
+    return batch.segment_BT != PAD

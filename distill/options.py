@@ -1,0 +1,75 @@
+"""Options of the distil stage, written once: the command line and a recipe's [distill] table mean the same."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from nano.errors import RequestError
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """How a student is cut from its teacher and trained.
+
+    Attributes:
+        steps: optimizer steps; 0 only cuts.
+        batch: sequences an optimizer step sees.
+        micro_batch: sequences in one pass, so that a large batch fits in memory; 0 means the whole batch.
+        length: tokens in a sequence, at most the teacher's positions.
+        learning_rate: the peak; 0 means 0.4 / D of the student (D = 64: 6e-3, D = 2048: 2e-4).
+        warmup: share of the steps over which the learning rate rises.
+        final_rate: learning rate at the end, as a share of the peak; it falls linearly.
+        weight_decay: AdamW's, on matrices only.
+        clip: largest norm of the gradient.
+        temperature: divides both models' logits in the KL divergence.
+        kd: weight of KL(teacher || student); the rest, 1 - kd, is on the text's own next tokens.
+        start: "pruned" cuts the teacher's weights, "random" begins anew.
+        dtype: of the matrix products in both models; weights and optimizer stay float32.
+        seed: of the held-out split, the order of the text and a random start.
+        held_out: share of documents (by hash) that the student never sees and is measured on.
+        eval_tokens: at most so many held-out tokens are measured.
+        eval_every: steps between measurements; 0 measures only before and after training.
+        calibration_tokens: training text that importance is measured on.
+        save_every: steps between checkpoints; 0 means every two minutes (and always when interrupted).
+    """
+
+    steps: int = 400
+    batch: int = 16
+    micro_batch: int = 0
+    length: int = 256
+    learning_rate: float = 0.0
+    warmup: float = 0.05
+    final_rate: float = 0.0
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    temperature: float = 1.0
+    kd: float = 1.0
+    start: Literal["pruned", "random"] = "pruned"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    held_out: float = 0.05
+    eval_tokens: int = 16384
+    eval_every: int = 0
+    calibration_tokens: int = 32768
+    save_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise RequestError for a value that makes no sense."""
+        for name, low, high in (
+            ("steps", 0, math.inf), ("batch", 1, math.inf), ("micro_batch", 0, self.batch), ("length", 8, math.inf),
+            ("learning_rate", 0, 1), ("warmup", 0, 1), ("final_rate", 0, 1), ("weight_decay", 0, 10),
+            ("clip", 1e-6, math.inf), ("temperature", 1e-2, 100), ("kd", 0, 1), ("seed", 0, 2**63),
+            ("held_out", 1e-4, 0.9), ("eval_tokens", 64, math.inf), ("eval_every", 0, math.inf),
+            ("calibration_tokens", 64, math.inf), ("save_every", 0, math.inf),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise RequestError(
+                    f"--{name.replace('_', '-')} is out of range.", found=str(value), expected=f"{low} to {high}"
+                )
+
+    def peak_rate(self, hidden_size: int) -> float:
+        """The peak learning rate for a student of width D."""
+        return self.learning_rate or 0.4 / hidden_size

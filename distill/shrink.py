@@ -1,0 +1,209 @@
+"""Cut a teacher's tensors to a student's shape: which parts stay, and the tensors that follow from it.
+
+Kept, by importance: whole layers (as many of each kind, sliding or full, as the student has), whole attention
+groups (a key/value head with its query heads), feed-forward neurons of each layer, and hidden channels, the same
+everywhere. Everything kept stays in the teacher's order, so cutting nothing changes nothing.
+
+A norm divides by the root mean square of all D channels; over the d that stay the mean is another one. Each norm's
+weight is therefore multiplied by sqrt(mean over kept i of E[x_i^2 / mean_j x_j^2]), measured on the calibration
+text, so that kept channels keep their size. Where the embedding is scaled by sqrt(D) (Gemma) it is multiplied by
+sqrt(D / d), and where it is the head too the last norm takes the factor back.
+
+Where the student has more query heads to a group than the teacher (fewer key/value heads at as many heads), the
+keys and values of the groups that merge are averaged (arXiv 2305.13245, section 2.1).
+
+Legend: D, d hidden width of teacher and student, F, f feed-forward, H, h query heads, G, g key/value heads, A head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distill.importance import Importance
+from nano.errors import RequestError, UnsupportedError
+from nano.families import EMBEDDING, FINAL_NORM, HEAD, Family, family_of, layer_prefix
+from nano.shapes import FULL, SLIDING, ModelShape
+
+Read = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerCut:
+    """What stays of one layer.
+
+    Attributes:
+        source: the teacher's layer.
+        kv_groups: for each of the student's key/value heads, the teacher's that are averaged into it (mostly one).
+        query_heads: the teacher's query heads, group by group.
+        neurons: the teacher's feed-forward neurons.
+    """
+
+    source: int
+    kv_groups: tuple[tuple[int, ...], ...]
+    query_heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What stays of a teacher: hidden channels and layers, all ascending. `shape` is what comes out."""
+
+    shape: ModelShape
+    hidden: tuple[int, ...]
+    layers: tuple[LayerCut, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest: which layers and groups stayed, and how many of the rest."""
+        return {
+            "layers": [layer.source for layer in self.layers],
+            "kv_heads": [[list(group) for group in layer.kv_groups] for layer in self.layers],
+            "query_heads": [list(layer.query_heads) for layer in self.layers],
+            "hidden_channels": list(self.hidden),
+            "ffn_neurons_per_layer": self.shape.intermediate_size,
+        }
+
+
+def check_shapes(teacher: ModelShape, student: ModelShape) -> None:
+    """Whether a student of this shape can be cut from this teacher.
+
+    Raises:
+        RequestError: a dimension exceeds the teacher's, or layer kinds are wanted that the teacher has too few of.
+        UnsupportedError: another family, vocabulary or head width.
+    """
+    for name in ("family", "vocab_size", "head_dim", "tied"):
+        if getattr(student, name) != getattr(teacher, name):
+            raise UnsupportedError(
+                f"A student cut from its teacher's weights shares its {name}.",
+                found=f"{getattr(student, name)} for a teacher of {getattr(teacher, name)}",
+                todo="take the teacher's, or start at random (--start random)",
+            )
+    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        if getattr(student, name) > getattr(teacher, name):
+            raise RequestError(
+                "The student exceeds its teacher, so it cannot be cut from its weights.",
+                found=f"{name} = {getattr(student, name)}",
+                expected=f"at most the teacher's {getattr(teacher, name)}",
+                todo="ask for a smaller student, or start at random (--start random)",
+            )
+    for kind in (FULL, SLIDING):
+        if student.layer_types.count(kind) > teacher.layer_types.count(kind):
+            raise RequestError(
+                "The student has more layers of one kind than its teacher.",
+                found=f"{student.layer_types.count(kind)} of {kind}",
+                expected=f"at most {teacher.layer_types.count(kind)}",
+            )
+
+
+def choose(teacher: ModelShape, student: ModelShape, importance: Importance) -> Cut:
+    """What stays. The student's layer_types become those of the kept layers, in the teacher's order."""
+    check_shapes(teacher, student)
+    kept: list[int] = []
+    for kind in (FULL, SLIDING):
+        of_kind = [i for i in range(teacher.num_layers) if teacher.layer_types[i] == kind]
+        kept += _best(of_kind, importance.layers_L, student.layer_types.count(kind))
+    layers = tuple(_cut_layer(teacher, student, importance, i) for i in sorted(kept))
+    shape = student.resized(layer_types=tuple(teacher.layer_types[i] for i in sorted(kept)))
+    hidden = _best(range(teacher.hidden_size), importance.hidden_D, student.hidden_size)
+    return Cut(shape, tuple(hidden), layers)
+
+
+def _best(candidates: range | list[int], score: torch.Tensor, count: int) -> list[int]:
+    """The `count` candidates of the highest score, ascending; of equals the first."""
+    ranked = sorted(candidates, key=lambda i: (-float(score[i]), i))
+    return sorted(ranked[:count])
+
+
+def _cut_layer(teacher: ModelShape, student: ModelShape, importance: Importance, layer: int) -> LayerCut:
+    theirs, ours = teacher.num_heads // teacher.num_kv_heads, student.num_heads // student.num_kv_heads
+    head_score = importance.heads_LH[layer]
+    merged = math.ceil(ours / theirs)  # teacher groups that make one of the student's
+    group_score = (head_score**2).view(teacher.num_kv_heads, theirs).sum(1).sqrt()
+    if merged * student.num_kv_heads > teacher.num_kv_heads:
+        raise RequestError(
+            "The student's query heads cannot be taken from whole attention groups.",
+            found=f"{student.num_heads} query and {student.num_kv_heads} key/value heads",
+            expected=f"at most {theirs} query heads for each key/value head that stays, or groups that merge evenly",
+        )
+    groups = _best(range(teacher.num_kv_heads), group_score, merged * student.num_kv_heads)
+    kv_groups = tuple(tuple(groups[i : i + merged]) for i in range(0, len(groups), merged))
+    queries: list[int] = []
+    for members in kv_groups:
+        candidates = [g * theirs + q for g in members for q in range(theirs)]
+        queries += _best(candidates, head_score, ours)
+    neurons = _best(range(teacher.intermediate_size), importance.ffn_LF[layer], student.intermediate_size)
+    return LayerCut(layer, kv_groups, tuple(queries), tuple(neurons))
+
+
+def cut_tensors(teacher: ModelShape, cut: Cut, importance: Importance, read: Read) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the student, one at a time, in the teacher's precision.
+
+    Args:
+        teacher: shape of the teacher.
+        cut: what stays.
+        importance: gives the norms' statistics.
+        read: a teacher's tensor by its full name.
+    """
+    family = family_of(teacher.family)
+    hidden = torch.tensor(cut.hidden)
+    embedding_factor = math.sqrt(teacher.hidden_size / len(hidden)) if family.scaled_embedding else 1.0
+    yield f"{EMBEDDING}.weight", _scaled(read(f"{EMBEDDING}.weight")[:, hidden], embedding_factor)
+    for i, layer in enumerate(cut.layers):
+        old, new = layer_prefix(layer.source), layer_prefix(i)
+        for name, tensor in _layer_tensors(teacher, layer, hidden, lambda name, old=old: read(old + name)):  # type: ignore[misc]
+            yield new + name, tensor
+        for norm in family.layer_norms:
+            factor = _norm_factor(importance, old + norm, cut)
+            yield f"{new}{norm}.weight", _rescaled_norm(family, read(f"{old}{norm}.weight")[hidden], factor)
+    factor = _norm_factor(importance, FINAL_NORM, cut) / (embedding_factor if teacher.tied else 1.0)
+    yield f"{FINAL_NORM}.weight", _rescaled_norm(family, read(f"{FINAL_NORM}.weight")[hidden], factor)
+    if not teacher.tied:
+        yield f"{HEAD}.weight", read(f"{HEAD}.weight")[:, hidden].contiguous()
+
+
+def _layer_tensors(
+    teacher: ModelShape, layer: LayerCut, hidden: torch.Tensor, read: Read
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The linears and query/key norms of one layer."""
+    A, D = teacher.head_dim, teacher.hidden_size
+    heads, neurons = torch.tensor(layer.query_heads), torch.tensor(layer.neurons)
+    q_HAD = read("self_attn.q_proj.weight").view(-1, A, D)
+    yield "self_attn.q_proj.weight", q_HAD[heads][:, :, hidden].flatten(0, 1)
+    for name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
+        kv_GAD = read(name).view(-1, A, D)[:, :, hidden]
+        yield name, torch.cat([_average(kv_GAD[list(group)]) for group in layer.kv_groups])
+    o_DHA = read("self_attn.o_proj.weight").view(D, -1, A)
+    yield "self_attn.o_proj.weight", o_DHA[hidden][:, heads].flatten(1)
+    for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
+        yield name, read(name)[neurons][:, hidden]
+    yield "mlp.down_proj.weight", read("mlp.down_proj.weight")[hidden][:, neurons]
+    if family_of(teacher.family).qk_norm:
+        for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
+            yield name, read(name)
+
+
+def _average(kv_gAD: torch.Tensor) -> torch.Tensor:
+    return kv_gAD[0] if len(kv_gAD) == 1 else kv_gAD.float().mean(0).to(kv_gAD.dtype)
+
+
+def _norm_factor(importance: Importance, norm: str, cut: Cut) -> float:
+    """By how much the root mean square of a norm's input grows when only the kept channels are counted."""
+    energy_D = importance.energy[norm]
+    if len(cut.hidden) == len(energy_D):
+        return 1.0
+    return math.sqrt(float(energy_D[list(cut.hidden)].mean()))
+
+
+def _rescaled_norm(family: Family, weight: torch.Tensor, factor: float) -> torch.Tensor:
+    """A norm's weight times a factor, where the family stores weight - offset."""
+    if factor == 1.0:
+        return weight.contiguous()
+    return ((weight.float() + family.norm_offset) * factor - family.norm_offset).to(weight.dtype)
+
+
+def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    return tensor.contiguous() if factor == 1.0 else (tensor.float() * factor).to(tensor.dtype)

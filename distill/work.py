@@ -1,0 +1,179 @@
+"""The heavy part of the distil stage: open the teacher, cut or begin at random, train, measure, write the student."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill.data import Batch, batches, make_batch, row_order
+from distill.importance import measure as measure_importance
+from distill.losses import Comparison
+from distill.models import load_weights, new_model
+from distill.run import Job
+from distill.shrink import choose, cut_tensors
+from distill.state import METRICS, StateFolder
+from distill.teacher import LiveTeacher, open_teacher
+from distill.train import Training, train
+from nano.checkpoint import Checkpoint, write_checkpoint
+from nano.corpus import describe_data
+from nano.families import EMBEDDING, weight_shapes
+from nano.folder import staged_folder
+from nano.manifest import Manifest, input_entry, write_manifest
+from nano.progress import say
+from nano.shapes import ModelShape
+from nano.tokens import copy_tokenizer
+
+EVAL_BATCH = 16
+
+
+def work(job: Job, state: StateFolder, out: Path, resuming: bool, force: bool) -> Manifest:
+    """Do a checked job; see `distill.run.run_distill`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if job.options.dtype == "bfloat16" else torch.float32
+    teacher = open_teacher(job.teacher, job.teacher_shape, dtype, device)
+    held_out = list(batches(job.held_out, EVAL_BATCH, device))
+    if resuming:
+        facts = dict(state.header().facts)
+        model = new_model(facts["config"]).to(device)
+    else:
+        state.start()
+        model, facts = begin(job, teacher, held_out, device)
+    shape = ModelShape.from_hf(facts["config"])
+    if job.options.steps:
+        run = Training(
+            model, shape, teacher, job.rows, job.options, state, facts,
+            measure=lambda: _figures(teacher.compare(model, shape, held_out)), device=device,
+        )  # fmt: skip
+        train(run, resuming)
+    _round_to_stored(model, job)
+    trained = teacher.compare(model, shape, held_out)
+    _say_figures("trained", _figures(trained))
+    with staged_folder(out, force=force) as folder:
+        manifest = _write(folder, job, model, shape, facts, trained, state)
+    state.drop()
+    return manifest
+
+
+def begin(job: Job, teacher: LiveTeacher, held_out: list[Batch], device: str) -> tuple[Any, dict[str, Any]]:
+    """The student before training, and what is known of it: config, figures, what was cut."""
+    facts: dict[str, Any] = {"identity": job.identity, "seconds": 0.0, "tokens": 0}
+    if job.options.start == "random":
+        config = job.shape.to_hf(job.config)
+        model = new_model(config, job.options.seed).to(device)
+        facts.update(config=config, cut=None)
+        shape = job.shape
+    else:
+        importance = measure_importance(teacher.model, teacher.shape, _calibration(job, device))
+        cut = choose(job.teacher_shape, job.shape, importance)
+        shape = cut.shape
+        config = shape.to_hf(job.config)
+        model = new_model(config)
+        with Checkpoint(job.teacher) as checkpoint:
+            read = lambda name: checkpoint.tensor(name)  # noqa: E731
+            load_weights(model, dict(cut_tensors(job.teacher_shape, cut, importance, read)))
+        model = model.to(device)
+        facts.update(config=config, cut=cut.as_dict())
+    before = teacher.compare(model, shape, held_out)
+    facts["held_out"] = {"tokens": before.tokens, "teacher": _entropy(before.teacher_ce, before), "start": _figures(before)}  # noqa: E501  # fmt: skip
+    say(f"teacher: cross-entropy {before.teacher_ce / before.tokens:.4f} on {before.tokens:,} held-out tokens")
+    _say_figures("after the cut" if facts["cut"] else "at random", facts["held_out"]["start"])
+    return model, facts
+
+
+def _calibration(job: Job, device: str) -> list[Batch]:
+    """The first rows that training would see."""
+    count = min(len(job.rows), max(1, math.ceil(job.options.calibration_tokens / job.options.length)))
+    order = np.sort(row_order(len(job.rows), count, 0, job.options.seed))
+    return [make_batch(job.rows, order[at : at + EVAL_BATCH], device) for at in range(0, count, EVAL_BATCH)]
+
+
+def _entropy(total: float, over: Comparison) -> dict[str, float]:
+    mean = total / over.tokens
+    return {"cross_entropy": mean, "perplexity": math.exp(min(mean, 700.0))}
+
+
+def _figures(found: Comparison) -> dict[str, float]:
+    return {**_entropy(found.ce, found), "kl": found.kl / found.tokens, "top1": found.same / found.tokens}
+
+
+def _say_figures(when: str, figures: Mapping[str, float]) -> None:
+    say(f"student, {when}: cross-entropy {figures['cross_entropy']:.4f}, KL {figures['kl']:.4f}, "
+        f"same top token {figures['top1']:.1%}")  # fmt: skip
+
+
+def _stored_dtype(job: Job) -> torch.dtype:
+    """The precision of the teacher's file, and so of the student's."""
+    with Checkpoint(job.teacher) as checkpoint:
+        return checkpoint.rows(f"{EMBEDDING}.weight", 0, 1).dtype
+
+
+@torch.no_grad()
+def _round_to_stored(model: Any, job: Job) -> None:
+    """Round the weights to what will be written, so that the figures are the file's."""
+    dtype = _stored_dtype(job)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+def _write(
+    folder: Path, job: Job, model: Any, shape: ModelShape, facts: Mapping[str, Any], trained: Comparison, state: StateFolder
+) -> Manifest:  # fmt: skip
+    """The student's files, its manifest last."""
+    dtype = _stored_dtype(job)
+    weights = model.state_dict()
+    write_checkpoint(folder, ((name, weights[name].to(dtype)) for name in weight_shapes(shape)))
+    config = {**facts["config"], "dtype": str(dtype).removeprefix("torch.")}
+    config.pop("torch_dtype", None)
+    _write_json(folder / "config.json", config)
+    copy_tokenizer(job.teacher, folder)
+    if not (folder / "generation_config.json").is_file():
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        _write_json(folder / "generation_config.json", {key: config[key] for key in ids if config.get(key) is not None})
+    if state.metrics_bytes():
+        (folder / METRICS).write_bytes((state.folder / METRICS).read_bytes())
+    return write_manifest(
+        folder,
+        Manifest(
+            kind="student",
+            inputs={"teacher": input_entry(job.teacher)},
+            recipe=dataclasses.asdict(job.options),
+            data={
+                **describe_data(job.data, tokens=int(facts["tokens"]), seed=job.options.seed),
+                "held_out_share": job.options.held_out,
+                "held_out_tokens": trained.tokens,
+            },
+            results=_results(job, shape, facts, trained),
+            shape=dataclasses.asdict(shape),
+        ),
+    )
+
+
+def _results(job: Job, shape: ModelShape, facts: Mapping[str, Any], trained: Comparison) -> dict[str, Any]:
+    seconds, tokens = float(facts["seconds"]), int(facts["tokens"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "start": job.options.start,
+        "parameters": shape.num_parameters,
+        "teacher_parameters": job.teacher_shape.num_parameters,
+        "held_out": {**facts["held_out"], "trained": _figures(trained)},
+        "cut": facts["cut"],
+        "learning_rate": job.options.peak_rate(shape.hidden_size),
+        "steps": job.options.steps,
+        "train_tokens": tokens,
+        "train_seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
