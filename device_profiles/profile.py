@@ -158,9 +158,32 @@ class DeviceProfile:
     quantization: Fact = Fact()
     os_version: Fact = Fact()
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`; a fact that nobody publishes has the value "unknown"."""
+        head = {"title": self.title, "os": self.os, "composed_of": list(self.composed_of), "how": self.how}
+        facts = {
+            name: {
+                "value": fact.value if fact.known else UNKNOWN,
+                "unit": fact.unit,
+                "source": fact.source,
+                "date": fact.date,
+                "note": fact.note,
+            }
+            for name, fact in self.facts().items()
+        }
+        return {**head, **facts}
+
     def facts(self) -> dict[str, Fact]:
         """All facts by name, unknown ones too, in the order in which people read them."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name in _KINDS}
+
+
+def decimal_bytes(count: float) -> str:
+    """Bytes for people in powers of 1,000, as phones are sold and profiles are written: '1.34 GB'."""
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(count) >= scale:
+            return f"{count / scale:.2f} {unit}" if unit == "GB" else f"{count / scale:.1f} {unit}"
+    return f"{count:.0f} B"
 
 
 def profile_names() -> list[str]:

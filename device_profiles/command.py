@@ -1,0 +1,164 @@
+"""`nanokit plan`, `nanokit check` and `nanokit profiles`: nothing here loads torch, a model or a weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from nano.errors import RequestError
+
+Negative = Parameter(negative="")
+
+
+def plan(
+    *,
+    student: str,
+    teacher: str | None = None,
+    profile: str | None = None,
+    context: int | None = None,
+    runtime: Literal["executorch", "onnx"] = "executorch",
+    embedding: Literal["float", "8", "4"] = "4",
+    tokens: str | None = None,
+    json: Annotated[bool, Negative] = False,
+) -> int:
+    """Solve a student's shape; count parameters, bytes and training cost; hold it against a phone.
+
+    Reads config.json only, never a weight. With --profile the exit status is 0 where it fits and 1 where not.
+
+    Parameters
+    ----------
+    student
+        nano-1 (1.80 B parameters), nano-2 (3.25 B), or a size like 1.2B, 40M, 150k.
+    teacher
+        Model folder or hub id whose family and vocabulary the student keeps; without one, the canonical shape
+        that is trained from scratch.
+    profile
+        Phone to hold it against: a name from `nanokit profiles`, or the path of a profile file.
+    context
+        Positions in use on the phone; 4,096 or the model's own limit, whichever is less.
+    runtime
+        Which runtime the memory forecast is for.
+    embedding
+        What the memory forecast assumes the embedding (and a tied head) is kept in.
+    tokens
+        Training tokens to count the cost for, like 94B; 20 for each parameter of the student where not given.
+    json
+        Print one JSON object.
+    """
+    from device_profiles.budget import judge, require_fit
+    from device_profiles.footprint import check_context, planned_facts, predict
+    from device_profiles.plan import make_plan
+    from device_profiles.profile import load_profile
+
+    if context is not None and context < 1:
+        raise RequestError("The context is not positive.", found=f"--context {context}", expected="1 or more")
+    device = None if profile is None else load_profile(profile)
+    made = make_plan(student, _teacher_folder(teacher), tokens)
+    if context is not None:
+        check_context(made.shape, context)
+    facts = planned_facts(made.shape, made.recipe(runtime, embedding=embedding, context=context or 4096))
+    verdict = None if device is None else judge(facts, device, facts.context)
+    if json:
+        from nano.progress import emit_json
+
+        footprint = {"runtime": runtime, "context": facts.context, "bytes": predict(facts).by_cause()}
+        emit_json({**made.as_dict(), "footprint": footprint, "verdict": verdict and verdict.as_dict()})
+    else:
+        from device_profiles.tables import plan_tables, verdict_tables
+
+        _show([*plan_tables(made), *(verdict_tables(verdict) if verdict else [])])
+    if verdict:
+        require_fit(verdict)
+    return 0
+
+
+def check(
+    bundle: Path,
+    /,
+    *,
+    profile: str,
+    context: int | None = None,
+    json: Annotated[bool, Negative] = False,
+) -> int:
+    """Check a bundle's memory against a phone's budget, from its manifest; loads no model.
+
+    The exit status is 0 where it fits, 1 where it does not, 2 where the bundle or the request is broken.
+
+    Parameters
+    ----------
+    bundle
+        The folder that nanokit export wrote.
+    profile
+        Phone to hold it against: a name from `nanokit profiles`, or the path of a profile file.
+    context
+        Positions in use, at most what the bundle was exported with (a .pte always keeps that much).
+    json
+        Print one JSON object.
+    """
+    from device_profiles.budget import require_fit
+    from device_profiles.check import check_bundle
+
+    verdict = check_bundle(bundle, profile, context)
+    if json:
+        from nano.progress import emit_json
+
+        emit_json({"bundle": str(bundle), **verdict.as_dict()})
+    else:
+        from device_profiles.tables import verdict_tables
+
+        _show(verdict_tables(verdict))
+    require_fit(verdict)
+    return 0
+
+
+def profiles(
+    action: Literal["list", "show"] = "list",
+    name: str | None = None,
+    /,
+    *,
+    json: Annotated[bool, Negative] = False,
+) -> int:
+    """List the device profiles, or show one with the source and date of every fact.
+
+    Parameters
+    ----------
+    action
+        "list" all that come with nanokit, or "show" one.
+    name
+        Which one to show: a name, or the path of a profile file of your own.
+    json
+        Print one JSON object.
+    """
+    from device_profiles.profile import load_profile, profile_names
+    from nano.progress import emit_json
+
+    if action == "show" and name is None:
+        raise RequestError("Which profile?", expected=f"one of {', '.join(profile_names())}", todo="nanokit profiles show NAME")  # noqa: E501  # fmt: skip
+    if action == "list" and name is not None:
+        raise RequestError("'list' takes no name.", found=name, todo=f"nanokit profiles show {name}")
+    found = [load_profile(each) for each in ([name] if name else profile_names())]
+    if json:
+        emit_json({profile.name: profile.as_dict() for profile in found})
+        return 0
+    from device_profiles.tables import profile_lines, profiles_table
+
+    _show(profile_lines(found[0]) if action == "show" else [profiles_table(found)])
+    return 0
+
+
+def _teacher_folder(teacher: str | None) -> Path | None:
+    if teacher is None:
+        return None
+    from nano.hub import resolve_model
+
+    return resolve_model(teacher, weights=False)
+
+
+def _show(tables: list[Any]) -> None:
+    from rich.console import Group
+
+    from nano.progress import show
+
+    show(Group(*tables))
