@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from export.onnx_files import MODEL, SESSION_OPTIONS
 from nano.shapes import SLIDING, ModelShape
 from nano.tokens import TextTokenizer
-
-MODEL = "model.onnx"
-NAME = "genai_config.json"
-SESSION_OPTIONS = {"session.intra_op.allow_spinning": "0"}
-"""Idle threads sleep: with spinning a second thread halves decoding where a core is shared, and drains a battery."""
 
 
 def genai_config(

@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from export.onnx_files import DATA
 from nano.errors import require_module
 from nano.progress import Track, track
 from quantize.packed import PACKED, SCALE, SHAPE, Int4Checkpoint
 
-DATA = "model.onnx.data"
 PAGE = 4096
 SMALL = 64
 """Alignment of tensors below a page: a cache line."""

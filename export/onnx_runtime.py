@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.genai_config import MODEL, NAME, SESSION_OPTIONS
+from export.onnx_files import CONFIG, MODEL, SESSION_OPTIONS, check_files
 from nano.errors import BadFileError, RequestError, require_module
 from nano.lm import Activations, Logits
 from nano.tokens import TextTokenizer, load_tokenizer
@@ -52,7 +52,8 @@ class OnnxModel:
         for value in self._session.get_inputs()[2:]:
             _batch, heads, slots, width = value.shape
             length = int(facts["cache_slots"]) if "sliding" in slots else self.context
-            cache = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, length, width), np.float32))
+            # not zeroed: pages that no position has reached yet stay unallocated
+            cache = ort.OrtValue.ortvalue_from_shape_and_type([1, heads, length, width], np.float32, "cpu")
             self._binding.bind_ortvalue_input(value.name, cache)
             self._binding.bind_ortvalue_output(value.name.replace("past_key_values", "present"), cache)
 
@@ -122,29 +123,6 @@ def open_onnx(folder: Path) -> OnnxModel:
     return OnnxModel(session, load_tokenizer(folder, int(session.get_outputs()[0].shape[-1])))
 
 
-def check_files(folder: Path) -> None:
-    """The model file is ONNX, and every tensor that it names lies within its data file.
-
-    Raises:
-        BadFileError: a file is missing, truncated, or not ONNX.
-    """
-    from export.onnx_readback import load_graph
-
-    for value in load_graph(folder).initializers.values():
-        tensor = value.const_value
-        path = getattr(tensor, "path", None)
-        if path is None:
-            continue
-        size = Path(path).stat().st_size if Path(path).is_file() else None
-        if size is None or size < tensor.offset + tensor.length:
-            raise BadFileError(
-                "The bundle's weights are missing." if size is None else "The bundle's weights are truncated.",
-                found=f"no {path}" if size is None else f"{path}: {size} bytes",
-                expected=f"at least {tensor.offset + tensor.length} bytes for '{value.name}'",
-                todo="copy the bundle again",
-            )
-
-
 def run_genai(folder: Path, prompt: str, max_new_tokens: int) -> str:
     """Continue a prompt greedily with onnxruntime-genai: its model, its tokenizer, its generator.
 
@@ -168,7 +146,7 @@ def genai_continuation(folder: Path, prompt: str, max_new_tokens: int) -> tuple[
     # genai's tokenizer leaves the beginning id to the caller; whether there is one, the bundle's own files say
     bos = load_tokenizer(folder).bos_id
     ids = np.array([*([] if bos is None else [bos]), *tokenizer.encode(prompt)], np.int32)
-    context = json.loads((folder / NAME).read_text(encoding="utf-8"))["model"]["context_length"]
+    context = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]["context_length"]
     if not 0 < len(ids) < context:
         raise RequestError("The prompt does not fit.", found=f"{len(ids)} tokens", expected=f"1 to {context - 1}")
     parameters = genai.GeneratorParams(model)

@@ -28,20 +28,24 @@ PACKED, SCALE, SHAPE, ZERO = ".weight_packed", ".weight_scale", ".weight_shape",
 
 def pack_codes(codes_NK: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 (N, K) to int32 (N, W): code + 2^(bits-1) as unsigned fields, the first in the lowest bits."""
-    per_word = 32 // bits
-    n, k = codes_NK.shape
-    padded = torch.nn.functional.pad(codes_NK.to(torch.int64) + (1 << (bits - 1)), (0, -k % per_word))
-    fields_NWf = padded.view(n, -1, per_word)
-    shifts_f = torch.arange(0, 32, bits, dtype=torch.int64)
-    words_NW = (fields_NWf << shifts_f).sum(-1)
-    return torch.where(words_NW >= 1 << 31, words_NW - (1 << 32), words_NW).to(torch.int32)
+    per_byte, per_word = 8 // bits, 32 // bits
+    unsigned_NK = codes_NK.contiguous().view(torch.uint8) + (1 << (bits - 1))
+    unsigned_NK = torch.nn.functional.pad(unsigned_NK, (0, -codes_NK.shape[1] % per_word))
+    bytes_NB = unsigned_NK[:, 0::per_byte].clone()
+    for field in range(1, per_byte):
+        bytes_NB |= unsigned_NK[:, field::per_byte] << (field * bits)
+    return bytes_NB.view(torch.int32)
 
 
 def unpack_codes(words_NW: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
     """int32 (N, W) back to int8 (N, K)."""
-    shifts_f = torch.arange(0, 32, bits, dtype=torch.int32)
-    fields_NWf = (words_NW[..., None] >> shifts_f) & ((1 << bits) - 1)
-    return (fields_NWf.view(words_NW.shape[0], -1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
+    per_byte = 8 // bits
+    bytes_NB = words_NW.contiguous().view(torch.uint8)
+    unsigned_NK = torch.empty(bytes_NB.shape[0], bytes_NB.shape[1] * per_byte, dtype=torch.uint8)
+    for field in range(per_byte):
+        unsigned_NK[:, field::per_byte] = (bytes_NB >> (field * bits)) & ((1 << bits) - 1)
+    unsigned_NK -= 1 << (bits - 1)  # wraps below zero, as int8 reads it
+    return unsigned_NK.view(torch.int8)[:, :columns].contiguous()
 
 
 class Int4Checkpoint:
