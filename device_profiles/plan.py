@@ -99,7 +99,7 @@ class Plan:
         }
 
     def kv_bytes(self) -> dict[str, dict[int, int]]:
-        """float32 KV cache by runtime and context, as the exporters allocate it; contexts beyond the model's left out."""
+        """float32 KV cache by runtime and context, as the exporters allocate it, up to the model's positions."""
         contexts = [context for context in KV_CONTEXTS if context <= self.shape.max_positions]
         return {r: {c: cache_bytes(self.shape, r, c, PlannedRecipe.chunk) for c in contexts} for r in RUNTIMES}
 

@@ -17,6 +17,12 @@ from nano.families import family_of, linear_shapes, weight_shapes
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
+_GEMMA3_OMITTED: Mapping[str, Any] = {
+    "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "sliding_window": 4096, "max_position_embeddings": 131_072,
+}  # fmt: skip
+"""What the published text_config of Gemma 3 4B to 27B leaves out: defaults of transformers' `Gemma3TextConfig`."""
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -110,7 +116,7 @@ class ModelShape:
             UnsupportedError: a family or feature we do not support.
         """
         if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), Mapping):
-            config = {"vocab_size": 262208, **config["text_config"], "model_type": "gemma3_text"}
+            config = {**_GEMMA3_OMITTED, **config["text_config"], "model_type": "gemma3_text"}
         family = family_of(str(_needed(config, "model_type")))
         for key in ("attention_bias", "mlp_bias"):
             if config.get(key):
