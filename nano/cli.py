@@ -59,6 +59,9 @@ def run(argv: list[str] | None = None) -> int:
         return _report(str(error), error.exit_status)
     except KeyboardInterrupt:
         return _report("Interrupted; nothing half-written was left.", 130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 2
     except Exception as error:

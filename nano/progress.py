@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress, TaskID
 
-LOG_EVERY_SECONDS = 5.0
+LOG_EVERY_SECONDS = 10.0
 
 
 def console() -> Console:
