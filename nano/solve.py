@@ -191,30 +191,33 @@ def _canonical(hidden: int, ffn: int, layers: int) -> ModelShape:
 def _layouts(teacher: ModelShape, target: SizeTarget) -> Iterator[_Layout]:
     """Every sensible (L, D, G) of the grid with the one or two F whose count lies nearest the target."""
     step = target.step
-    for layers, hidden, kv_heads in _grid(teacher, step):
-        if _embeddings(teacher, hidden) > target.parameters:
-            continue
-        fixed, per_ffn = _count_in_ffn(teacher, layers, hidden, kv_heads)
-        wanted = (target.parameters - fixed) / (per_ffn * step)
-        for ffn in {math.floor(wanted) * step, math.ceil(wanted) * step}:
-            count = fixed + per_ffn * ffn
-            if not 0 < ffn <= _widest_ffn(teacher, hidden) or _embeddings(teacher, hidden) > MAX_EMBEDDING * count:
-                continue
-            d, f = math.log(teacher.hidden_size / hidden), math.log(teacher.intermediate_size / ffn)
-            cost = d * d + f * f + RATIO_WEIGHT * (d - f) ** 2
-            cost += _threshold_cost(teacher.num_layers / layers) + _threshold_cost(teacher.num_kv_heads / kv_heads)
-            yield _Layout(cost, count, layers, hidden, ffn, kv_heads)
+    for hidden, kv_heads in _widths(teacher, step):
+        embeddings, widest = _embeddings(teacher, hidden), _widest_ffn(teacher, hidden)
+        d = math.log(teacher.hidden_size / hidden)
+        group_cost = _threshold_cost(teacher.num_kv_heads / kv_heads)
+        for layers in _layer_counts(teacher):
+            fixed, per_ffn = _count_in_ffn(teacher, layers, hidden, kv_heads)
+            if fixed > target.parameters:
+                break
+            wanted = (target.parameters - fixed) / (per_ffn * step)
+            for ffn in {math.floor(wanted) * step, math.ceil(wanted) * step}:
+                count = fixed + per_ffn * ffn
+                if not 0 < ffn <= widest or embeddings > MAX_EMBEDDING * count:
+                    continue
+                f = math.log(teacher.intermediate_size / ffn)
+                cost = d * d + f * f + RATIO_WEIGHT * (d - f) ** 2
+                cost += group_cost + _threshold_cost(teacher.num_layers / layers)
+                yield _Layout(cost, count, layers, hidden, ffn, kv_heads)
 
 
-def _grid(teacher: ModelShape, step: int) -> Iterator[tuple[int, int, int]]:
-    """All sensible (L, D, G) that no dimension of the teacher is smaller than."""
+def _widths(teacher: ModelShape, step: int) -> Iterator[tuple[int, int]]:
+    """All sensible (D, G) that no dimension of the teacher is smaller than."""
     q_per_group = teacher.num_heads // teacher.num_kv_heads * teacher.head_dim
     q_ratio = max(MAX_Q_RATIO, q_per_group * teacher.num_kv_heads / teacher.hidden_size)
-    for layers in _layer_counts(teacher):
-        for hidden in range(step, teacher.hidden_size + 1, step):
-            for kv_heads in _group_counts(teacher, step):
-                if kv_heads * q_per_group <= q_ratio * hidden:
-                    yield layers, hidden, kv_heads
+    for hidden in range(step, teacher.hidden_size + 1, step):
+        for kv_heads in _group_counts(teacher, step):
+            if kv_heads * q_per_group <= q_ratio * hidden:
+                yield hidden, kv_heads
 
 
 def _embeddings(teacher: ModelShape, hidden: int) -> int:
@@ -322,17 +325,21 @@ def _nearest(teacher: ModelShape, target: SizeTarget) -> tuple[int | None, int |
     """The largest count below the target and the smallest above it that sensible layouts have, however far off."""
     below: list[int] = []
     above: list[int] = []
-    for layers, hidden, kv_heads in _grid(teacher, target.step):
-        fixed, per_ffn = _count_in_ffn(teacher, layers, hidden, kv_heads)
-        unit = per_ffn * target.step
-        least = max(1, math.ceil((_embeddings(teacher, hidden) / MAX_EMBEDDING - fixed) / unit))
-        most = math.floor(_widest_ffn(teacher, hidden) / target.step)
-        wanted = (target.parameters - fixed) / unit
-        if least <= min(most, wanted):
-            below.append(fixed + min(most, math.floor(wanted)) * unit)
-        if max(least, wanted) <= most:
-            above.append(fixed + max(least, math.ceil(wanted)) * unit)
-    return max(below, default=None), min(above, default=None)
+    for hidden, kv_heads in _widths(teacher, target.step):
+        widest = math.floor(_widest_ffn(teacher, hidden) / target.step)
+        for layers in _layer_counts(teacher):
+            fixed, per_ffn = _count_in_ffn(teacher, layers, hidden, kv_heads)
+            unit = per_ffn * target.step
+            least = max(1, math.ceil((_embeddings(teacher, hidden) / MAX_EMBEDDING - fixed) / unit))
+            wanted = (target.parameters - fixed) / unit
+            if least <= min(widest, wanted):
+                below.append(fixed + min(widest, math.floor(wanted)) * unit)
+            if max(least, wanted) <= widest:
+                above.append(fixed + max(least, math.ceil(wanted)) * unit)
+    smallest = min(above, default=None)
+    if target.step == 32 and smallest is not None and smallest >= TOY_LIMIT:  # beyond the toys the grid is another
+        _, smallest = _nearest(teacher, SizeTarget(target.name, TOY_LIMIT, TOLERANCE, 128))
+    return max(below, default=None), smallest
 
 
 def _round_up(count: int) -> str:
