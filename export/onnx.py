@@ -218,7 +218,7 @@ def _footprint(
         "linear_bytes": linear,
         "embedding_bytes": embedding,
         "float_weight_bytes": sum(lengths.values()) - linear - embedding,
-        "packed_copy_bytes": _packed_copy(shape, options, decoder),
+        "packed_copy_bytes": _packed_copy(shape, decoder),
         "kv_cache_bytes": sum(2 * 4 * n * shape.num_kv_heads * shape.head_dim for n in slots),
         "kv_cache_dtype": "float32",
         "logits_bytes": 4 * rows * shape.vocab_size,
@@ -227,16 +227,11 @@ def _footprint(
     }
 
 
-def _packed_copy(shape: ModelShape, options: ExportOptions, decoder: DecoderGraph) -> int:
-    """What MatMulNBits keeps in anonymous memory beside the mapped file once it has packed its weights.
+def _packed_copy(shape: ModelShape, decoder: DecoderGraph) -> int:
+    """Bytes of codes and scales that MatMulNBits lays out anew at load and keeps beside the mapped file.
 
-    MLAS packs the codes, and for int8 activations also scale and scale x sum of codes of every block, both float32
-    (onnxruntime/core/mlas/lib/qnbitgemm.h, PackedQuantBDataStruct). Measured on x86-64 with AVX2, 0.4B and 1.8B, 32
-    in a group: 0.75 bytes a weight, as this says.
+    The copy itself is a little larger (MLAS adds scale x zero point x sum of codes for every block, float32:
+    onnxruntime/core/mlas/lib/qnbitgemm.h, PackedQuantBDataStruct): 0.75 bytes a weight at 32 in a group.
     """
-    total = 0
-    for module, names in decoder.modules.items():
-        if module != EMBEDDING or shape.tied:
-            codes, scale = (decoder.data.regions[names[key]].length for key in ("codes", "scales"))
-            total += codes + (2 * scale if options.activations == "int8" else 0)
-    return total
+    packed = [names for module, names in decoder.modules.items() if module != EMBEDDING or shape.tied]
+    return sum(decoder.data.regions[names[key]].length for names in packed for key in ("codes", "scales"))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from nano.families import EMBEDDING, HEAD
@@ -17,36 +18,42 @@ from quantize.packed import quantization_config, write_int4
 
 
 def rounded(weight_NK: torch.Tensor, group: int, bits: int = 4) -> QuantizedTensor:
+    """Round to nearest, the largest weight of a group on the largest code."""
     n = weight_NK.shape[0]
     top = (1 << (bits - 1)) - 1
-    scale_NG = bf16_exact(weight_NK.view(n, -1, group).abs().amax(-1) / top)
-    return QuantizedTensor(round_to_codes(weight_NK, scale_NG, group, bits), scale_NG, group, bits)
+    scale_NG = bf16_exact(weight_NK.reshape(n, -1, group).abs().amax(-1) / top)
+    return QuantizedTensor(round_to_codes(weight_NK.contiguous(), scale_NG, group, bits), scale_NG, group, bits)
 
 
 def make_int4(
-    source: Path, folder: Path, *, group: int = 32, embedding: bool = False, head: bool = True, bits: int = 4,
-    float_modules: tuple[str, ...] = (),
-) -> Path:  # fmt: skip
-    """Round every linear of an HF folder to int4; a feed-forward width that is no multiple of the group is padded."""
-    shutil.rmtree(folder, ignore_errors=True)
+    source: Path, folder: Path, *, group: int = 32, bits: int = 4, embedding: bool = False, keep: tuple[str, ...] = ()
+) -> Path:
+    """Every linear of an HF folder on the grid; a feed-forward width that is no multiple of the group gains zeros.
+
+    Args:
+        source: the float folder.
+        folder: where to write.
+        group, bits: of the grid.
+        embedding: whether the embedding goes on the grid too.
+        keep: modules left float.
+    """
     folder.mkdir(parents=True)
     state: dict[str, torch.Tensor] = load_float(source).state_dict()
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
     pad = -config["intermediate_size"] % group
     config["intermediate_size"] += pad
-    tied = config["tie_word_embeddings"]
     tensors: list[tuple[str, torch.Tensor | QuantizedTensor]] = []
     ignore = []
     for name, tensor in state.items():
         module = name.removesuffix(".weight")
+        if config["tie_word_embeddings"] and module == HEAD:
+            continue
         if module.endswith(("gate_proj", "up_proj")):
             tensor = torch.nn.functional.pad(tensor, (0, 0, 0, pad))
         elif module.endswith("down_proj"):
             tensor = torch.nn.functional.pad(tensor, (0, pad))
-        if tied and module == HEAD:
-            continue
-        linear = module.endswith("_proj") or (module == HEAD and head)
-        if (linear and module not in float_modules) or (embedding and module == EMBEDDING):
+        on_grid = embedding if module == EMBEDDING else tensor.dim() == 2
+        if on_grid and module not in keep:
             tensors.append((name, rounded(tensor.float(), group, bits)))
         else:
             ignore += [module] if tensor.dim() == 2 else []
@@ -56,3 +63,17 @@ def make_int4(
     write_int4(folder, config, tensors)
     copy_tokenizer(source, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def int4_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`int4_folder(source, **settings)`: see `make_int4`; made once a session for each request."""
+    made: dict[str, Path] = {}
+
+    def make(source: Path, **settings: Any) -> Path:
+        key = json.dumps([str(source), settings], sort_keys=True)
+        if key not in made:
+            made[key] = make_int4(source, tmp_path_factory.mktemp("int4") / "int4", **settings)
+        return made[key]
+
+    return make
