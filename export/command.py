@@ -71,6 +71,7 @@ def _print(facts: dict[str, Any], files: Any) -> None:
         table.add_row(
             f"against torch, {label}",
             f"same top token {row['top1']:.2%}, logit error {row['logit_error']:.2%}, "
-            f"KL {row['kl']:.2g}, greedy {greedy['same']}/{greedy['of']}",
+            f"KL {row['kl']:.2g}, greedy {greedy['same']}/{greedy['of']}, "
+            f"logit error of prefill {parity['prefill'][name]['logit_error']:.2%}",
         )
     show(table)

@@ -10,12 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nano.corpus import cut_windows, read_documents
+import numpy as np
+
+from nano.corpus import Ids, Windows, cut_windows, read_documents
 from nano.evaluate import score
 from nano.lm import Activations, LanguageModel, generate, open_model
+from nano.manifest import read_manifest
 
 CONTINUATION = 32
 PROMPT_TOKENS = 16
+PREFIXES_PER_WINDOW = 4
 
 
 def measure_parity(
@@ -32,23 +36,61 @@ def measure_parity(
 
     Returns:
         "tokens"; "simulated" and "float", each with kl, top1, logit_error, perplexity; "greedy": how many of
-        the first 32 greedily chosen tokens after a real prompt agree with each.
+        the first 32 greedily chosen tokens after a real prompt agree with each; "prefill": the same figures
+        for prompts taken in chunks, their lengths around the chunk's border among them.
     """
     bundle = open_model(folder)
     try:
         windows = cut_windows(read_documents(data), bundle.tokenizer, min(sequence_length, bundle.context), tokens)
-        report: dict[str, Any] = {"tokens": windows.tokens, "activations": bundle.activations, "greedy": {}}
+        report: dict[str, Any] = {
+            "tokens": windows.tokens,
+            "activations": bundle.activations,
+            "greedy": {},
+            "prefill": {},
+        }
         prompt = bundle.tokenizer.decode(windows.ids[0][:PROMPT_TOKENS].tolist())
         ours = generate(bundle, prompt, CONTINUATION)
         against: tuple[tuple[str, Activations], ...] = (("simulated", bundle.activations), ("float", "float"))
+        chunk = int(read_manifest(folder).footprint["chunk"])
         for name, activations in against:
             reference = open_model(int4, activations=activations)
+            report["prefill"][name] = _prefill_agreement(bundle, reference, windows, chunk)
             report[name] = score(bundle, windows, reference).as_dict()
             report["greedy"][name] = _agreeing(ours, reference, prompt)
             reference.close()
         return report
     finally:
         bundle.close()
+
+
+def _prefill_agreement(
+    bundle: LanguageModel, reference: LanguageModel, windows: Windows, chunk: int
+) -> dict[str, float]:
+    """Logits after whole prompts of several lengths, against the reference's rows at those positions."""
+    difference = magnitude = 0.0
+    same = count = 0
+    for window in windows.ids[:8]:
+        rows = reference.logits([window])[0]
+        for length in _prefix_lengths(window, chunk):
+            ours, theirs = bundle.prefill(window[:length].tolist()), rows[length - 1]
+            difference += float(((ours - theirs).astype(np.float64) ** 2).sum())
+            magnitude += float((theirs.astype(np.float64) ** 2).sum())
+            same += int(ours.argmax() == theirs.argmax())
+            count += 1
+    return {"prompts": count, "top1": same / count, "logit_error": (difference / magnitude) ** 0.5}
+
+
+def _prefix_lengths(window: Ids, chunk: int) -> list[int]:
+    """Lengths to try: around the chunk's border where the window reaches it, its end, and some between."""
+    wanted = {
+        2,
+        chunk - 1,
+        chunk,
+        chunk + 1,
+        len(window),
+        *range(1, len(window), len(window) // PREFIXES_PER_WINDOW + 1),
+    }
+    return sorted(n for n in wanted if 1 <= n <= len(window))
 
 
 def _agreeing(ours: list[int], reference: LanguageModel, prompt: str) -> dict[str, int]:
