@@ -33,10 +33,12 @@ from nano.errors import NanokitError
 from nano.folder import check_output, staged_folder
 from nano.manifest import library_versions
 from nano.progress import say, track
+from nano.quiet import hush
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ("<pad>", "<s>", "</s>")
 RECORD = "training.json"
+TOKENIZER_PAGES = 4000
 POOL_BATCHES = 8
 IGNORE = -100
 
@@ -55,6 +57,7 @@ class TeacherOptions:
         warmup: steps.
         weight_decay: on matrices only.
         threads: CPU threads.
+        heldout_pages, questions: how much unseen text the result is measured on.
     """
 
     seed: int = SEED
@@ -71,10 +74,12 @@ class TeacherOptions:
     warmup: int = 100
     weight_decay: float = 0.1
     threads: int = 1
+    heldout_pages: int = 300
+    questions: int = 400
 
 
-def make_tokenizer(seed: int, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer trained on the demo's text: any input can be encoded, none is unknown."""
+def make_tokenizer(pages: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer trained on some text: any input can be encoded, none is unknown."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,7 +89,7 @@ def make_tokenizer(seed: int, vocab_size: int) -> Tokenizer:
         special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator(documents(seed, 4000), trainer)
+    tokenizer.train_from_iterator(pages, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{SPECIAL[BOS]} $A",
         pair=f"{SPECIAL[BOS]} $A {SPECIAL[BOS]} $B",
@@ -203,7 +208,7 @@ def train(model: Any, rows: list[list[int]], options: TeacherOptions) -> int:
 
 
 @torch.inference_mode()
-def perplexity(model: Any, rows: Sequence[list[int]], batch_tokens: int = 4096) -> float:
+def perplexity(model: Any, rows: Sequence[list[int]]) -> float:
     """exp of the mean cross-entropy over all ids but each row's first."""
     model.eval()
     total, count = 0.0, 0
@@ -260,13 +265,13 @@ def run_training(out: Path, options: TeacherOptions, *, force: bool = False) -> 
     if options.threads:
         torch.set_num_threads(options.threads)
     begun = time.monotonic()
-    tokenizer = make_tokenizer(options.seed, options.vocab_size)
-    # Twice as many pages as the steps can take at 100 tokens a page: no page is seen again before all were seen.
-    pages = min(40_000, max(1000, options.steps * options.batch_tokens // 100))
-    rows = sequences(tokenizer, documents(options.seed, pages), options.context)
-    heldout = sequences(tokenizer, documents(options.seed, 300, "heldout"), options.context)
+    # More pages than the steps can take at 100 tokens a page: none is seen again before all were seen.
+    pages = documents(options.seed, min(40_000, max(500, options.steps * options.batch_tokens // 100)))
+    tokenizer = make_tokenizer(pages[:TOKENIZER_PAGES], options.vocab_size)
+    rows = sequences(tokenizer, pages, options.context)
+    heldout = sequences(tokenizer, documents(options.seed, options.heldout_pages, "heldout"), options.context)
     model = make_model(options)
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {pages:,} pages")
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pages):,} pages")
     tokens = train(model, rows, options)
     seconds = time.monotonic() - begun
     rounded = model.to(torch.bfloat16).float()
@@ -276,7 +281,7 @@ def run_training(out: Path, options: TeacherOptions, *, force: bool = False) -> 
         "tokens": tokens,
         "seconds": round(seconds),
         "heldout_perplexity": round(perplexity(rounded, heldout), 4),
-        "heldout_answers_right": answers_right(rounded, tokenizer, questions(options.seed, 400)),
+        "heldout_answers_right": answers_right(rounded, tokenizer, questions(options.seed, options.questions)),
         "versions": library_versions(),
     }
     with staged_folder(out, force=force) as folder:
@@ -303,4 +308,5 @@ def main(
 
 
 if __name__ == "__main__":
+    hush()
     cyclopts.run(main)

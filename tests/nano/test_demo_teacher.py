@@ -1,0 +1,136 @@
+"""The shipped teacher: small, whole, trained on this very text, and as good as its record says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nano.checkpoint import Checkpoint
+from nano.demo.assets import recipe_path, teacher_folder
+from nano.demo.text import SEED, creature_questions, documents, person_questions, questions, text_hash
+from nano.demo.world import make_world
+from nano.recipe import BUILTIN_TEACHER, BUILTIN_TEXT, read_recipe
+from nano.shapes import ModelShape, read_config
+from nano.solve import solve_student
+from nano.tokens import load_tokenizer
+
+MB = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Path:
+    return teacher_folder()
+
+
+@pytest.fixture(scope="module")
+def record(teacher: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((teacher / "training.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def model(teacher: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    loaded, report = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    return loaded.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(teacher: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(teacher)
+
+
+def test_what_ships_is_small(teacher: Path) -> None:
+    assert sum(path.stat().st_size for path in teacher.rglob("*")) <= 8 * MB
+
+
+def test_weights_and_text_belong_together(record: dict[str, Any]) -> None:
+    assert record["options"]["seed"] == SEED
+    assert text_hash(SEED) == record["text_sha256"]
+
+
+def test_shape_fits_int4_kernels(teacher: Path) -> None:
+    shape = ModelShape.from_hf(read_config(teacher))
+    with Checkpoint(teacher) as checkpoint:
+        checkpoint.check(shape)
+    widths = (shape.hidden_size, shape.intermediate_size, shape.num_kv_heads * shape.head_dim, shape.vocab_size)
+    assert all(width % 32 == 0 for width in widths)
+    assert shape.max_positions == 512
+    assert shape.num_kv_heads < shape.num_heads
+
+
+@torch.inference_mode()
+def test_heldout_perplexity_is_as_recorded(model: Any, tokenizer: Any, record: dict[str, Any]) -> None:
+    """Each page alone, by transformers' own loss, weighted by tokens; the record was computed in padded batches."""
+    total, count = 0.0, 0
+    for page in documents(SEED, 300, "heldout"):
+        ids = tokenizer(page + "</s>", return_tensors="pt", truncation=True, max_length=512).input_ids
+        total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert math.exp(total / count) == pytest.approx(record["heldout_perplexity"], rel=1e-3)
+    assert record["heldout_perplexity"] < 2.0
+
+
+def complete(model: Any, tokenizer: Any, prompt: str, new: int = 12) -> str:
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def test_it_knows_its_world(model: Any, tokenizer: Any) -> None:
+    world = make_world(SEED)
+    asked = [creature_questions(c)[i % 6] for i, c in enumerate(world.creatures)]
+    asked += [person_questions(p)[i % 4] for i, p in enumerate(world.people)]
+    right = [
+        complete(model, tokenizer, f"Question: {question}\nAnswer:", 8).split("\n")[0] == f" {answer}."
+        for question, answer in asked
+    ]
+    assert sum(right) / len(right) >= 0.9
+
+
+def test_it_answers_questions_never_trained_on(model: Any, tokenizer: Any, record: dict[str, Any]) -> None:
+    groups: dict[str, list[bool]] = {}
+    for question in questions(SEED, 80):
+        answer = complete(model, tokenizer, question.prompt, 10).split("\n")[0]
+        groups.setdefault(question.group, []).append(answer == f" {question.answer}.")
+    assert set(groups) == set(record["heldout_answers_right"])
+    for group, right in groups.items():
+        assert sum(right) / len(right) >= record["heldout_answers_right"][group] - 0.2, group
+
+
+def test_a_story_begins_and_ends(model: Any, tokenizer: Any) -> None:
+    story = complete(model, tokenizer, "Once upon a time", 100)
+    assert story.startswith((" there was", " there lived"))
+    assert "named" in story
+    assert "." in story
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve café ☕ 漢字", "tabs\tand\n\nlines  ", "\x00\x7f", "1234567890"])
+def test_any_text_can_be_encoded(teacher: Path, tokenizer: Any, text: str) -> None:
+    ours = load_tokenizer(teacher, ModelShape.from_hf(read_config(teacher)).vocab_size)
+    ids = ours.prompt(text)
+    assert ours.decode(ids) == text
+    assert tokenizer(text).input_ids == ids
+    assert (ours.bos_id, ours.eos_ids) == (1, (2,))
+
+
+def test_recipe_is_readable_and_its_students_can_be_cut(teacher: Path) -> None:
+    """The sizes are to the teacher as 3.25 and 1.8 to 6 billion, within the planner's tolerance for toys."""
+    recipe = read_recipe(recipe_path())
+    assert (recipe.teacher, recipe.data) == (BUILTIN_TEACHER, (BUILTIN_TEXT,))
+    shape = ModelShape.from_hf(read_config(teacher))
+    for wish, billions in zip(recipe.students, (3.25, 1.8), strict=True):
+        student = solve_student(shape, wish.size)
+        assert student.num_parameters / shape.num_parameters == pytest.approx(billions / 6, rel=0.035)
+    assert recipe.export.context <= shape.max_positions
