@@ -1,0 +1,222 @@
+"""From torch modules to an ExecuTorch program, with each kind of part traced once.
+
+All layers of a decoder are the same graph over other tensors. So each part (see `export.executorch_model`) is
+traced and brought to ExecuTorch's edge dialect once; for every layer, XNNPACK's own serialiser then runs over that
+graph with the layer's tensors. The decoder around the parts is traced last, with the finished delegates in it, and
+takes no real weights but the embedding. Against lowering the whole model at once this gives the same delegates in a
+tenth of the time (docs/log.md), and no layer's weights stay in memory but as the bytes that go to the file.
+
+Legend: T positions of a call, D hidden width, H query heads, G key/value heads, A head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+
+from nano.errors import WorkError, require_module
+from nano.shapes import ModelShape
+
+XNNPACK = "XnnpackBackend"
+LINEARS_ONLY = "dqlinear_partitioner"
+"""Compile spec under which XNNPACK's preprocessing runs its linear pass alone: the others rewrite convolutions,
+upsampling and copies, of which a decoder's part has none, and cost 95% of the time."""
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Keep the toolchain's chatter off the screen: Python's logging and warnings, and what C++ writes to stderr.
+
+    `sys.stderr` goes on working meanwhile, so our own progress is seen.
+    """
+    sys.stderr.flush()
+    real, kept = sys.stderr, os.dup(2)
+    own = _is_file_two(real)
+    threshold = logging.root.manager.disable
+    with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        if own:
+            sys.stderr = os.fdopen(os.dup(kept), "w", buffering=1, encoding=real.encoding, errors="backslashreplace")
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            if own:
+                sys.stderr.close()
+                sys.stderr = real
+            os.dup2(kept, 2)
+            os.close(kept)
+            logging.disable(threshold)
+
+
+def _is_file_two(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == 2
+    except (OSError, ValueError):
+        return False
+
+
+def load_toolchain() -> None:
+    """Import ExecuTorch and register its operators, silently.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    with silenced():
+        require_module("executorch.exir", "executorch")
+        require_module("executorch.extension.llm.custom_ops.custom_ops", "executorch")
+        require_module("torchao.quantization", "executorch")
+
+
+class PartLowerer:
+    """Turns a decoder's parts into XNNPACK delegates; parts that differ only in their tensors share one trace.
+
+    Args:
+        shape: the model's dimensions.
+        chunk: positions of the longest call; the delegates take any shorter one too.
+    """
+
+    def __init__(self, shape: ModelShape, chunk: int) -> None:
+        self.shape, self.chunk = shape, chunk
+        self._edges: dict[tuple[object, ...], Any] = {}
+        self._outlines: dict[str, Any] = {}
+
+    @property
+    def traces(self) -> int:
+        """How many different graphs were traced."""
+        return len(self._edges)
+
+    def lower(self, part: nn.Module, positions: int | None = None) -> nn.Module:
+        """One part as a delegate, to be called like the part itself.
+
+        Args:
+            part: a `BeforeAttention`, `AfterAttention` or `Head`.
+            positions: of the example it is traced with; the chunk where None.
+
+        Raises:
+            WorkError: XNNPACK does not take every operator of it.
+        """
+        from executorch.exir.backend.backend_api import to_backend
+        from executorch.exir.backend.compile_spec_schema import CompileSpec
+        from executorch.exir.lowered_backend_module import LoweredBackendModule
+
+        buffers = dict(part.named_buffers())
+        kind = type(part).__name__
+        signature = (kind, *((name, tensor.dtype, tensor.shape) for name, tensor in buffers.items()))
+        if signature not in self._edges:
+            self._edges[signature] = self._edge(part, positions or self.chunk)
+        edge = self._edges[signature]
+        assert buffers.keys() <= edge.state_dict.keys()  # the rest are constants of the graph, such as eps
+        edge.state_dict.update(buffers)
+        lowered = to_backend(XNNPACK, edge, [CompileSpec(LINEARS_ONLY, b"")])
+        return LoweredBackendModule(
+            edge_program=self._outline(kind),
+            backend_id=XNNPACK,
+            processed_bytes=lowered.processed_bytes,
+            compile_specs=[],
+            named_data_store_output=lowered.named_data_store_output,
+        )
+
+    def _edge(self, part: nn.Module, positions: int) -> Any:
+        """A part in the edge dialect, checked to be XNNPACK's as a whole, every linear with its own kernel."""
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge
+
+        with torch.no_grad():
+            program = torch.export.export(part, self._example(type(part).__name__, positions), strict=False)
+            config = _edge_config(preserve_ops=[torch.ops.aten.linear.default])
+            edge = to_edge(program, compile_config=config).exported_program()
+        # marks the quantizers that belong to a linear's kernel, and every operator that XNNPACK takes
+        tags = XnnpackPartitioner().partition(edge).partition_tags
+        refused = [n for n in edge.graph.nodes if n.op == "call_function" and "delegation_tag" not in n.meta]
+        if refused or len(tags) != 1:
+            raise WorkError(
+                f"XNNPACK does not take the whole of {type(part).__name__}.",
+                found=", ".join(str(n.target) for n in refused) or f"{len(tags)} pieces",
+                todo="install the executorch that nanokit was tested with: pip install 'nanokit[executorch]'",
+            )
+        return edge
+
+    def _example(self, kind: str, positions: int) -> tuple[torch.Tensor, ...]:
+        shape = self.shape
+        x_1TD = torch.zeros(1, positions, shape.hidden_size)
+        if kind == "BeforeAttention":
+            angle_1T1A = torch.zeros(1, positions, 1, shape.head_dim)
+            return x_1TD, angle_1T1A, angle_1T1A.clone()
+        if kind == "AfterAttention":
+            return torch.zeros(1, positions, shape.num_heads, shape.head_dim), x_1TD
+        return (x_1TD,)
+
+    def _outline(self, kind: str) -> Any:
+        """A program that only knows the sizes of a part's outputs: all that tracing the decoder asks of a delegate."""
+        if kind not in self._outlines:
+            example = self._example(kind, max(self.chunk, 2))
+            length = torch.export.Dim("length", min=1, max=max(self.chunk, 2))
+            module = _Outline(self.shape, kind)
+            dynamic = (tuple({1: length} for _ in example),)
+            self._outlines[kind] = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
+        return self._outlines[kind]
+
+
+class _Outline(nn.Module):
+    """Stands in for a part while the decoder is traced: outputs of the right sizes, without contents."""
+
+    def __init__(self, shape: ModelShape, kind: str) -> None:
+        super().__init__()
+        self.shape, self.kind = shape, kind
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        shape, length = self.shape, inputs[0].shape[1]
+        if self.kind == "BeforeAttention":
+            heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+            return tuple(inputs[0].new_empty(1, length, count, shape.head_dim) for count in heads)
+        width = shape.hidden_size if self.kind == "AfterAttention" else shape.vocab_size
+        return inputs[0].new_empty(1, length, width)
+
+
+def _edge_config(**more: Any) -> Any:
+    from executorch.exir import EdgeCompileConfig
+
+    # torchao's and llama's operators are not in the core set that validity is checked against
+    return EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True, **more)
+
+
+def build_program(decoder: nn.Module, chunk: int, methods: Mapping[str, Any], note: Callable[[str], None]) -> Any:
+    """Trace the decoder around its delegates and plan its memory; ExecuTorch's program manager.
+
+    Args:
+        decoder: an `export.executorch_model.Decoder` whose parts are delegates.
+        chunk: positions of the longest call.
+        methods: metadata methods, name to constant.
+        note: is told the stage.
+    """
+    from executorch.exir import ExecutorchBackendConfig, to_edge
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+
+    note("trace")
+    example = (torch.zeros(1, min(chunk, 3), dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    length = torch.export.Dim("length", min=1, max=chunk)
+    dynamic = ({1: length} if chunk > 1 else None, None)
+    with torch.no_grad():
+        program = torch.export.export(decoder, example, dynamic_shapes=dynamic, strict=False)
+    note("edge")
+    edge = to_edge(program, constant_methods=dict(methods), compile_config=_edge_config())
+    note("plan memory")
+    return edge.to_executorch(
+        ExecutorchBackendConfig(
+            extract_delegate_segments=True,
+            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+        )
+    )

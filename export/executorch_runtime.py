@@ -1,0 +1,112 @@
+"""Run a .pte bundle: in ExecuTorch's runtime behind `LanguageModel`, and in its C++ LLM runner.
+
+Everything about the model is read from the file itself: context and chunk from its metadata methods, the rest from
+the sizes of its outputs. The cache lives in the program's memory; a call at position 0 begins a new text, because
+nothing beyond the current position is ever attended to.
+
+Legend: T positions of a call, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.executorch_file import MODEL, check_whole
+from nano.errors import BadFileError, RequestError, require_module
+from nano.lm import Activations, Logits
+from nano.tokens import TextTokenizer, load_tokenizer
+
+
+class ExecutorchModel:
+    """A loaded program; see `LanguageModel`.
+
+    Args:
+        program: an `executorch.runtime.Program`.
+        tokenizer: of the bundle.
+    """
+
+    activations: Activations = "int8-xnnpack"
+
+    def __init__(self, program: Any, tokenizer: TextTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.context = int(_constant(program, "get_max_context_len"))
+        self.chunk = int(_constant(program, "get_max_seq_len"))
+        self._program: Any = program
+        self._forward: Any = program.load_method("forward")
+        rows, self.vocab_size = self._forward.metadata.output_tensor_meta(0).sizes()[-2:]
+        self._all = rows == self.chunk
+        self._position = 0
+
+    def logits(self, windows: Sequence[npt.NDArray[np.int64]]) -> list[Logits]:
+        """See `LanguageModel.logits`: a chunk a call, or a token where the program gives the last row only."""
+        step = self.chunk if self._all else 1
+        out: list[Logits] = []
+        for window in windows:
+            self._position = 0
+            out.append(np.concatenate([self._step(window[i : i + step]) for i in range(0, len(window), step)]))
+        return out
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """See `LanguageModel.prefill`; takes the prompt in chunks."""
+        self._position = 0
+        if not ids:
+            raise RequestError("The prompt is empty.", expected="at least one token")
+        for start in range(0, len(ids), self.chunk):
+            last = self._step(np.asarray(ids[start : start + self.chunk], np.int64))
+        row: Logits = last[-1]
+        return row
+
+    def decode(self, token: int) -> Logits:
+        """See `LanguageModel.decode`."""
+        row: Logits = self._step(np.array([token], np.int64))[-1]
+        return row
+
+    def _step(self, ids_T: npt.NDArray[np.int64]) -> Logits:
+        """Logits of a call: (T, V), or (1, V) where the program gives the last row only."""
+        import torch
+
+        end = self._position + len(ids_T)
+        if end > self.context:
+            raise RequestError("The text does not fit the bundle.", found=f"{end} positions", expected=f"at most {self.context}")  # fmt: skip
+        inputs = (torch.from_numpy(ids_T)[None], torch.tensor([self._position]))
+        logits: Logits = self._forward.execute(inputs)[0][0].numpy()
+        self._position = end
+        return logits
+
+    def close(self) -> None:
+        """Free the program and its memory."""
+        self._forward = self._program = None
+
+
+def _constant(program: Any, method: str) -> int:
+    """What a metadata method gives."""
+    if method not in program.method_names:
+        raise BadFileError("This .pte is not a language model of ours.", found=f"no method '{method}'", expected="a bundle that nanokit export wrote")  # fmt: skip
+    return int(program.load_method(method).execute(())[0])
+
+
+def open_executorch(folder: Path) -> ExecutorchModel:
+    """A .pte bundle behind the `LanguageModel` protocol.
+
+    Raises:
+        BadFileError: a file is missing, truncated or not a program of ours.
+        MissingExtraError: executorch is not installed.
+    """
+    from export.executorch_lower import silenced
+
+    check_whole(folder)
+    with silenced():
+        runtime = require_module("executorch.runtime", "executorch")
+        require_module("executorch.kernels.quantized", "executorch")
+        require_module("executorch.extension.llm.custom_ops.custom_ops", "executorch")
+        try:
+            program = runtime.Runtime.get().load_program(folder / MODEL)
+            model = ExecutorchModel(program, load_tokenizer(folder))
+        except RuntimeError as error:
+            raise BadFileError("ExecuTorch cannot read this bundle.", found=f"{folder / MODEL}: {error}") from None
+    return model
