@@ -74,4 +74,10 @@ def _print(facts: dict[str, Any], files: Any) -> None:
             f"KL {row['kl']:.2g}, greedy {greedy['same']}/{greedy['of']}, "
             f"logit error of prefill {parity['prefill'][name]['logit_error']:.2%}",
         )
+    if parity and "floor" in parity:
+        floor = parity["floor"]
+        table.add_row(
+            "simulation against itself, moved by 1e-7",
+            f"same top token {floor['top1']:.2%}, logit error {floor['logit_error']:.2%}: the noise floor",
+        )
     show(table)

@@ -2,6 +2,10 @@
 
 Phone kernels quantize activations to int8 as they run, so the bundle is held against torch twice: with that
 quantization simulated (what should agree), and with float activations (what the quantization costs).
+
+How closely two correct implementations can agree has a floor: codes flip at rounding borders when an input moves
+by float32's last bit, and later layers carry that on. The floor is measured in the same run, as the simulation
+against itself with its embedding moved by 1e-7.
 """
 
 from __future__ import annotations
@@ -16,10 +20,13 @@ from nano.corpus import Ids, Windows, cut_windows, read_documents
 from nano.evaluate import score
 from nano.lm import Activations, LanguageModel, generate, open_model
 from nano.manifest import read_manifest
+from quantize.lm import jitter_embedding, open_int4_model
 
 CONTINUATION = 32
 PROMPT_TOKENS = 16
 PREFIXES_PER_WINDOW = 4
+FLOOR_JITTER = 1e-7
+"""float32's unit roundoff is 6e-8: the size of differences that the order of additions alone makes."""
 
 
 def measure_parity(
@@ -35,7 +42,8 @@ def measure_parity(
         sequence_length: longest window.
 
     Returns:
-        "tokens"; "simulated" and "float", each with kl, top1, logit_error, perplexity; "greedy": how many of
+        "tokens"; "simulated" and "float", each with kl, top1, logit_error, perplexity; "floor": the same figures
+        of the simulation against itself after a change of 1e-7 (int8 activations only); "greedy": how many of
         the first 32 greedily chosen tokens after a real prompt agree with each; "prefill": the same figures
         for prompts taken in chunks, their lengths around the chunk's border among them.
     """
@@ -58,9 +66,18 @@ def measure_parity(
             report[name] = score(bundle, windows, reference).as_dict()
             report["greedy"][name] = _agreeing(ours, reference, prompt)
             reference.close()
+        if bundle.activations != "float":
+            report["floor"] = _noise_floor(int4, bundle.activations, windows)
         return report
     finally:
         bundle.close()
+
+
+def _noise_floor(int4: Path, activations: Activations, windows: Windows) -> dict[str, Any]:
+    """The simulation against itself, its embedding moved by float32's last bit."""
+    reference, moved = (open_int4_model(int4, activations) for _ in range(2))
+    jitter_embedding(moved, FLOOR_JITTER)
+    return score(moved, windows, reference).as_dict()
 
 
 def _prefill_agreement(

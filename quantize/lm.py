@@ -60,3 +60,15 @@ def open_int4_model(folder: Path, activations: Activations = "float") -> TorchMo
         if activations != "float":
             simulate_int8(model, checkpoint, activations)
         return TorchModel(model, tokenizer, checkpoint.shape.max_positions, activations)
+
+
+def jitter_embedding(model: TorchModel, relative: float, seed: int = 0) -> None:
+    """Multiply each embedding weight by 1 + relative x a normal number, in place.
+
+    At float32's own precision (1e-7) this is no change of the model but of the order in which a runtime might
+    have added up; what it does to the logits is the noise floor of int8 activations, whose codes flip at
+    rounding borders.
+    """
+    weight_VD = model.model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(seed)
+    weight_VD.data = weight_VD.data * (1 + relative * torch.randn(weight_VD.shape, generator=generator))
