@@ -4,9 +4,10 @@ Our own graph writer (`export.onnx_graph`), because the model builder of onnxrun
 or needs repairs with transformers 5, and loads the whole model. Weights go straight from the checkpoint's file
 to model.onnx.data, codes and scales unchanged.
 
-Opset 21 and IR version 10, those of onnx 1.16, which every ONNX Runtime since 1.18 reads, the full packages for
-Android and iOS among them (https://onnxruntime.ai/docs/reference/compatibility.html); Gelu needs opset 20.
-What binds harder is the contrib operators: see `MINIMUM_RUNTIME`.
+Opset 21 and IR version 10, those of onnx 1.16 (https://onnx.ai/onnx/repo-docs/Versioning.html); Gelu needs opset 20.
+All of ONNX Runtime's releases from 1.20 on load them (tried), and onnxruntime-android, onnxruntime-c and
+onnxruntime-genai's mobile packages are full builds of the same releases, contrib operators included. Those operators
+bind harder than the opset: see `minimum_runtime`.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def write_onnx(
         "graph": {
             "opset": OPSET,
             "ir_version": IR_VERSION,
+            "minimum_onnxruntime": minimum_runtime(checkpoint, slack),
             "operators": {name: operators.count(name) for name in sorted(set(operators))},
         },
     }
@@ -147,6 +149,19 @@ def window_slack(shape: ModelShape, context: int, chunk: int) -> int | None:
     if SLIDING not in shape.layer_types or shape.sliding_window is None:
         return None
     return chunk if shape.sliding_window + chunk < context else None
+
+
+def minimum_runtime(checkpoint: Int4Checkpoint, slack: int | None) -> str:
+    """The oldest ONNX Runtime that runs such a graph rightly, found by running one of each kind in the releases
+    1.20 to 1.32: GatherBlockQuantized takes packed uint8 since 1.23, a sliding window is as long as transformers'
+    since 1.24 (1.23 is one position off), and window-sized caches came with 1.29. 8-bit weights have kernels for ARM
+    since 1.23 (https://github.com/microsoft/onnxruntime/pull/25110)."""
+    if slack is not None:
+        return "1.29"
+    if SLIDING in checkpoint.shape.layer_types:
+        return "1.24"
+    eight = any(grid_of(checkpoint, module).bits == 8 for module in checkpoint.modules)
+    return "1.23" if EMBEDDING in checkpoint or eight else "1.20"
 
 
 def _graph_options(checkpoint: Int4Checkpoint, options: ExportOptions, context: int, slack: int | None) -> GraphOptions:

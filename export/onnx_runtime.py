@@ -146,13 +146,19 @@ def genai_continuation(folder: Path, prompt: str, max_new_tokens: int) -> tuple[
     # genai's tokenizer leaves the beginning id to the caller; whether there is one, the bundle's own files say
     bos = load_tokenizer(folder).bos_id
     ids = np.array([*([] if bos is None else [bos]), *tokenizer.encode(prompt)], np.int32)
-    context = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]["context_length"]
-    if not 0 < len(ids) < context:
-        raise RequestError("The prompt does not fit.", found=f"{len(ids)} tokens", expected=f"1 to {context - 1}")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
+    if not 0 < len(ids) < config["context_length"]:
+        found, expected = f"{len(ids)} tokens", f"1 to {config['context_length'] - 1}"
+        raise RequestError("The prompt does not fit.", found=found, expected=expected)
+    # genai 0.18 makes no cache longer than max_length, but a sliding layer's must hold its whole window
+    window = config["decoder"].get("sliding_window", {}).get("window_size", 0)
+    limit = min(len(ids) + max_new_tokens, config["context_length"])
     parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=min(len(ids) + max_new_tokens, context), do_sample=False)
+    parameters.set_search_options(max_length=max(limit, window), do_sample=False)
     generator = genai.Generator(model, parameters)
     generator.append_tokens(ids)
-    while not generator.is_done():
+    new: list[int] = []
+    while len(ids) + len(new) < limit and not generator.is_done():
         generator.generate_next_token()
-    return tokenizer, [int(i) for i in generator.get_sequence(0)[len(ids) :]]
+        new.append(int(generator.get_next_tokens()[0]))
+    return tokenizer, new

@@ -26,7 +26,15 @@ def int8_per_token(x_K: torch.Tensor) -> torch.Tensor:
 
 
 def int8_per_block(x_K: torch.Tensor, block: int) -> torch.Tensor:
-    """ONNX Runtime's dynamic quantization of (..., K), and back to float: symmetric int8, one grid a block."""
+    """ONNX Runtime's dynamic quantization of (..., K), and back to float: symmetric int8, one grid a block.
+
+    As MLAS does it on x86-64 (QuantizeARow_CompInt8 in onnxruntime/core/mlas/lib/sqnbitgemm_kernel_avx2.cpp, AVX-512
+    alike): scale max|x| / 127, codes x * (127 / max|x|) rounded half to even, the weight's block size.
+
+    On an ARM core with dot products MLAS hands blocks of 32 and more to KleidiAI instead (qai8dxp,
+    https://github.com/microsoft/onnxruntime/pull/23627): asymmetric, one grid a token, scales of the weights in
+    bfloat16. What a phone's ONNX Runtime sees is therefore `int8_per_token`, as XNNPACK's.
+    """
     x_Gb = x_K.float().reshape(*x_K.shape[:-1], -1, block)
     largest = x_Gb.abs().amax(-1, keepdim=True)
     scale = largest / 127.0

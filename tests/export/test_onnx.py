@@ -135,8 +135,21 @@ def test_genai_continues_as_the_plain_session_does(
     assert theirs[: len(ours)] == ours
     assert len(ours) == 32 or theirs[len(ours)] in model.tokenizer.eos_ids
     assert tokenizer.encode("Ünï 12").tolist() == model.tokenizer.encode("Ünï 12")
+    short = genai_continuation(tmp_path / "out", "O", 3)[1]  # a text shorter than the window
+    assert short == generate(model, "O", 3)
     rest = ours[: len(ours) - 1]
     assert np.array_equal(model.prefill(model.tokenizer.prompt("Once upon a time there was") + rest).argmax(), ours[-1])
+
+
+def test_the_oldest_runtime_is_named(
+    tiny_model: Callable[..., Path], int4_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    cases = (("llama", False, 300, "1.20"), ("llama", True, 300, "1.23"), ("gemma3_text", True, 300, "1.24"),
+             ("gemma3_text", True, 8, "1.29"))  # fmt: skip
+    for i, (family, embedding, chunk, version) in enumerate(cases):
+        facts = export(int4_folder(tiny_model(family), embedding=embedding), tmp_path / str(i), chunk=chunk)
+        assert facts["graph"]["minimum_onnxruntime"] == version
+        assert (facts["graph"]["opset"], facts["graph"]["ir_version"]) == (21, 10)
 
 
 def test_last_row_equals_all_rows(
