@@ -12,7 +12,7 @@ from nano.families import EMBEDDING, HEAD
 from nano.lm import Activations
 from nano.tokens import load_tokenizer
 from nano.torch_lm import TorchModel
-from quantize.activations import Int8ActivationLinear, int8_per_block, int8_per_token
+from quantize.activations import Int8ActivationLinear, Int8TokenLinear, int8_per_block
 from quantize.packed import Int4Checkpoint
 
 
@@ -43,9 +43,12 @@ def simulate_int8(model: Any, checkpoint: Int4Checkpoint, activations: Activatio
         linear = getattr(parent, leaf)
         if not isinstance(linear, torch.nn.Linear):
             continue
-        group = checkpoint.quantized(name).group_size
-        quantize = int8_per_token if activations == "int8-xnnpack" else partial(int8_per_block, block=group)
-        setattr(parent, leaf, Int8ActivationLinear(linear.weight.detach(), quantize))
+        weight_NK = linear.weight.detach()
+        if activations == "int8-xnnpack":
+            setattr(parent, leaf, Int8TokenLinear(weight_NK))
+        else:
+            quantize = partial(int8_per_block, block=checkpoint.quantized(name).group_size)
+            setattr(parent, leaf, Int8ActivationLinear(weight_NK, quantize))
 
 
 def open_int4_model(folder: Path, activations: Activations = "float") -> TorchModel:
