@@ -13,7 +13,7 @@ from nano.tokens import TextTokenizer
 
 
 def genai_config(
-    shape: ModelShape, config: dict[str, Any], tokenizer: TextTokenizer, *, context: int, slack: int | None
+    shape: ModelShape, config: dict[str, Any], tokenizer: TextTokenizer, *, context: int, chunk: int, slack: int | None
 ) -> dict[str, Any]:
     """The contents of genai_config.json.
 
@@ -22,6 +22,7 @@ def genai_config(
         config: config.json, for the ids that begin and pad a text.
         tokenizer: for the ids that end one.
         context: positions that the cache may hold.
+        chunk: longest piece of a prompt that one call takes.
         slack: positions kept beyond the window by sliding layers; None where their caches are full-length.
     """
     eos = list(tokenizer.eos_ids) or [0]
@@ -66,6 +67,7 @@ def genai_config(
             "vocab_size": shape.vocab_size,
         },
         "search": {
+            "chunk_size": chunk,  # bounds a long prompt's activations: 0.4B, 1,200 tokens: 73 MB beyond load, not 170
             "do_sample": False,
             "early_stopping": True,
             "max_length": context,

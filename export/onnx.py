@@ -4,10 +4,11 @@ Our own graph writer (`export.onnx_graph`), because the model builder of onnxrun
 or needs repairs with transformers 5, and loads the whole model. Weights go straight from the checkpoint's file
 to model.onnx.data, codes and scales unchanged.
 
-Opset 21 and IR version 10, those of onnx 1.16 (https://onnx.ai/onnx/repo-docs/Versioning.html); Gelu needs opset 20.
-All of ONNX Runtime's releases from 1.20 on load them (tried), and onnxruntime-android, onnxruntime-c and
-onnxruntime-genai's mobile packages are full builds of the same releases, contrib operators included. Those operators
-bind harder than the opset: see `minimum_runtime`.
+Opset 21 and IR version 10 are onnx 1.16's (https://github.com/onnx/onnx/blob/main/docs/Versioning.md); Gelu needs
+opset 20. ONNX Runtime's releases from 1.20 on load them (tried), and its mobile packages (onnxruntime-android,
+onnxruntime-c) are builds of the same releases with all operators
+(https://mvnrepository.com/artifact/com.microsoft.onnxruntime/onnxruntime-android). What binds harder than the opset
+is the contrib operators: see `minimum_runtime`.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def write_onnx(
     model.metadata_props.update(_metadata(checkpoint.shape, options, context, slack))
     ir.save(model, folder / MODEL)
     data.write(folder)
-    config = genai_config(checkpoint.shape, checkpoint.config, tokenizer, context=context, slack=slack)
+    config = genai_config(
+        checkpoint.shape, checkpoint.config, tokenizer, context=context, chunk=options.chunk, slack=slack
+    )
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if not (checkpoint.folder / TOKENIZER_CONFIG).is_file():
         (folder / TOKENIZER_CONFIG).write_text(json.dumps(_tokenizer_config(tokenizer)) + "\n", encoding="utf-8")
