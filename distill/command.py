@@ -76,7 +76,6 @@ def _show(results: Mapping[str, Any], out: Path, size: int) -> None:
         compared = (f"{row['kl']:.4f}", f"{row['top1']:.1%}") if "kl" in row else ("", "")
         table.add_row(name if results["start"] == "pruned" or key != "start" else "student at random", *figures, *compared)  # noqa: E501  # fmt: skip
     show(table)
-    say(
-        f"{results['parameters']:,} of the teacher's {results['teacher_parameters']:,} parameters, {human_bytes(size)}; "
-        f"{results['train_tokens']:,} tokens in {results['train_seconds']:.0f} s ({results['tokens_per_second']:,.0f}/s)"
-    )
+    parts = f"{results['parameters']:,} of the teacher's {results['teacher_parameters']:,} parameters"
+    speed = f"{results['train_seconds']:.0f} s ({results['tokens_per_second']:,.0f}/s)"
+    say(f"{parts}, {human_bytes(size)}; trained on {results['train_tokens']:,} tokens in {speed}")

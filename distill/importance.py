@@ -1,22 +1,22 @@
 """What of the teacher matters, measured by its activations on calibration text, forward passes only.
 
-After Minitron (arXiv 2407.14679, section 2.2) with one addition, the norms of the weights that read or write a part,
-so that a score is the size of what a part adds to its surroundings and not of a number inside it:
+After Minitron (arXiv 2407.14679, section 2.2); neurons and heads are weighed by the weights that write them, so
+that a score is the size of what a part adds to the residual stream and not of a number inside it:
 
-    hidden channel i     sum over norms l that read the residual stream: mean_t |norm_l(x)_i| * ||W_l[:, i]||
+    hidden channel i     sum over norms l that read the residual stream: mean_t |norm_l(x)_i|
     FFN neuron j         rms_t(act(gate)_j * up_j) * ||W_down[:, j]||
     head h               rms_t ||W_o[:, h] attention_h(x)||, of a group: root of the summed squares of its heads
     layer                1 - mean_t cos(x_in, x_out)      (block influence, ShortGPT, arXiv 2403.03853)
 
-W_l stacks the linears that read norm l (or the head). The scores' agreement with ablation, one part at a time, is
-a test.
+Rank correlation with the damage of ablating one part at a time on stories260K: neurons 0.53 and 0.63 (layers 1, 3),
+where mean |activation| alone gives 0.34 and 0.58; hidden channels 0.86, weighed by their readers' norms 0.83.
 
 Legend: D hidden width, F feed-forward width, H query heads, A head width, N positions that carry a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from distill.data import Batch
-from distill.models import hidden_states, positions_of
+from distill.models import hidden_states, positions_of, skipped
 from nano.families import FINAL_NORM, family_of, layer_prefix
 from nano.progress import track
 from nano.shapes import ModelShape
@@ -70,16 +70,17 @@ class _Sums:
         return self._sums[name] / self.positions
 
 
-def measure(model: Any, shape: ModelShape, batches: list[Batch]) -> Importance:
+def measure(model: Any, shape: ModelShape, batches: list[Batch], dropped: Sequence[int] = ()) -> Importance:
     """Scores of every part of a teacher.
 
     Args:
         model: transformers' model of the teacher, in evaluation mode.
         shape: its shape.
         batches: calibration text.
+        dropped: layers that leave anyway: the others are measured as they work without them.
     """
-    sums = _Sums()
-    with torch.inference_mode(), _hooks(model, shape, sums), track("importance", len(batches), "batches") as progress:
+    sums, watching = _Sums(), track("importance", len(batches), "batches")
+    with torch.inference_mode(), skipped(model, dropped), _hooks(model, shape, sums), watching as progress:
         for batch in batches:
             sums.keep_BT = positions_of(batch)
             sums.positions += int(batch.real_N.numel())
@@ -149,23 +150,15 @@ def norm_names(shape: ModelShape) -> list[str]:
     return [layer_prefix(i) + norm for i in range(shape.num_layers) for norm in layer_norms] + [FINAL_NORM]
 
 
-def _readers(model: Any, shape: ModelShape) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Norms that read the residual stream, each with the weights (out, D) that read the norm."""
-    before_mlp = "pre_feedforward_layernorm" if family_of(shape.family).post_norms else "post_attention_layernorm"
-    for i in range(shape.num_layers):
-        prefix = layer_prefix(i)
-        layer = model.get_submodule(prefix.rstrip("."))
-        attention, mlp = layer.self_attn, layer.mlp
-        yield f"{prefix}input_layernorm", [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-        yield f"{prefix}{before_mlp}", [mlp.gate_proj.weight, mlp.up_proj.weight]
-    yield FINAL_NORM, [model.lm_head.weight]
+def _reading_norms(shape: ModelShape) -> list[str]:
+    """Norms whose input is the residual stream itself; Gemma's others normalise what is about to be added to it."""
+    post_norms = family_of(shape.family).post_norms
+    added = ("post_attention_layernorm", "post_feedforward_layernorm") if post_norms else ()
+    return [name for name in norm_names(shape) if not name.endswith(added)]
 
 
 def _scores(model: Any, shape: ModelShape, sums: _Sums) -> Importance:
-    hidden_D = torch.zeros(shape.hidden_size, dtype=torch.float64)
-    for norm, weights in _readers(model, shape):
-        size_D = torch.stack([w.detach().double().square().sum(0) for w in weights]).sum(0).sqrt().cpu()
-        hidden_D += sums.mean(f"{norm}.size").cpu() * size_D
+    hidden_D = torch.stack([sums.mean(f"{norm}.size").cpu() for norm in _reading_norms(shape)]).sum(0)
     ffn, heads, layers = [], [], []
     for i in range(shape.num_layers):
         prefix = layer_prefix(i)

@@ -77,7 +77,8 @@ def distillation_loss(
         target_N: next ids; `NO_TARGET` where there is none (the KL counts there all the same).
         mix: weights, temperature and precision.
     """
-    loss, kl, ce = _ChunkedLoss.apply(hidden_ND, head_VD, teacher_hidden_NE, teacher_head_VE, target_N, mix)
+    arguments = (hidden_ND, head_VD, teacher_hidden_NE, teacher_head_VE, target_N, mix)
+    loss, kl, ce = _ChunkedLoss.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss, Sums(kl, ce)
 
 

@@ -7,7 +7,8 @@ Legend: B rows, T positions, N positions that carry a token, D hidden width, V v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +72,22 @@ def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     missing = [name for name in missing if not (name == "lm_head.weight" and model.config.tie_word_embeddings)]
     assert not missing, missing  # weight_shapes and transformers disagree about the family
     assert not unexpected, unexpected
+
+
+@contextmanager
+def skipped(model: Any, layers: Sequence[int]) -> Iterator[None]:
+    """Run a model as if it had not some of its layers: while the block runs they pass their input through."""
+
+    def passing(_module: Any, inputs: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        before = inputs[0] if inputs else kwargs["hidden_states"]
+        return (before, *output[1:]) if isinstance(output, tuple) else before
+
+    handles = [model.model.layers[i].register_forward_hook(passing, with_kwargs=True) for i in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def positions_of(batch: Batch) -> torch.Tensor:

@@ -25,6 +25,8 @@ class DistillOptions:
         clip: largest norm of the gradient.
         temperature: divides both models' logits in the KL divergence.
         kd: weight of KL(teacher || student); the rest, 1 - kd, is on the text's own next tokens.
+        layers: "damage" drops layers by what their absence measurably does, "influence" by block influence (faster).
+        refit: fit the linears whose inputs were cut to the teacher's by least squares.
         start: "pruned" cuts the teacher's weights, "random" begins anew.
         dtype: of the matrix products in both models; weights and optimizer stay float32.
         seed: of the held-out split, the order of the text and a random start.
@@ -46,6 +48,8 @@ class DistillOptions:
     clip: float = 1.0
     temperature: float = 1.0
     kd: float = 1.0
+    layers: Literal["damage", "influence"] = "damage"
+    refit: bool = True
     start: Literal["pruned", "random"] = "pruned"
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0

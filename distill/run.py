@@ -160,7 +160,8 @@ def prepare(teacher: Path, student: str | ModelShape, data: Sequence[Path], opti
     epochs = options.steps * options.batch / len(rows)
     if epochs > MANY_EPOCHS:
         warn(f"the text is repeated {epochs:.0f} times; give more text or fewer --steps")
-    say(f"text: {rows.tokens:,} tokens in {len(rows):,} sequences, seen {epochs:.1f} times; {held_out.tokens:,} held out")
+    seen = f"{rows.tokens:,} tokens in {len(rows):,} sequences, seen {epochs:.1f} times"
+    say(f"text: {seen}; {held_out.tokens:,} held out")
     identity = _identity(teacher, target, data, options)
     return Job(teacher, config, shape, target, rows, held_out, tuple(data), options, identity)
 

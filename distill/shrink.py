@@ -1,8 +1,9 @@
 """Cut a teacher's tensors to a student's shape: which parts stay, and the tensors that follow from it.
 
-Kept, by importance: whole layers (as many of each kind, sliding or full, as the student has), whole attention
-groups (a key/value head with its query heads), feed-forward neurons of each layer, and hidden channels, the same
-everywhere. Everything kept stays in the teacher's order, so cutting nothing changes nothing.
+Kept: the layers that `distill.depth` leaves; of each, by importance, whole attention groups (a key/value head with
+its query heads) and feed-forward neurons; hidden channels, the same everywhere. Everything kept stays in the
+teacher's order, so cutting nothing changes nothing. What is left of a linear whose inputs were cut is for `narrow`
+to say: its columns, or a least-squares fit (`distill.refit`).
 
 A norm divides by the root mean square of all D channels; over the d that stay the mean is another one. Each norm's
 weight is therefore multiplied by sqrt(mean over kept i of E[x_i^2 / mean_j x_j^2]), measured on the calibration
@@ -12,13 +13,14 @@ sqrt(D / d), and where it is the head too the last norm takes the factor back.
 Where the student has more query heads to a group than the teacher (fewer key/value heads at as many heads), the
 keys and values of the groups that merge are averaged (arXiv 2305.13245, section 2.1).
 
-Legend: D, d hidden width of teacher and student, F, f feed-forward, H, h query heads, G, g key/value heads, A head width.
+Legend: D, d hidden width of teacher and student, F feed-forward width, H query heads, G key/value heads, A head
+width, N outputs and K inputs of a linear.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +28,17 @@ import torch
 
 from distill.importance import Importance
 from nano.errors import RequestError, UnsupportedError
-from nano.families import EMBEDDING, FINAL_NORM, HEAD, Family, family_of, layer_prefix
+from nano.families import EMBEDDING, FINAL_NORM, HEAD, LAYER_LINEARS, QK_NORMS, Family, family_of, layer_prefix
 from nano.shapes import FULL, SLIDING, ModelShape
 
 Read = Callable[[str], torch.Tensor]
+Narrow = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(module, weight (N, K), kept inputs (k,)) to the weight over the kept inputs, (N, k)."""
+
+
+def select(_module: str, weight_NK: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The plainest `Narrow`: the kept columns."""
+    return weight_NK[:, kept]
 
 
 @dataclass(frozen=True)
@@ -99,17 +108,31 @@ def check_shapes(teacher: ModelShape, student: ModelShape) -> None:
             )
 
 
-def choose(teacher: ModelShape, student: ModelShape, importance: Importance) -> Cut:
-    """What stays. The student's layer_types become those of the kept layers, in the teacher's order."""
+def choose(teacher: ModelShape, student: ModelShape, dropped: Sequence[int], importance: Importance) -> Cut:
+    """What stays. The student's layer_types become those of the kept layers, in the teacher's order.
+
+    Args:
+        teacher, student: shapes.
+        dropped: the teacher's layers that leave.
+        importance: scores of the parts of those that stay.
+    """
     check_shapes(teacher, student)
-    kept: list[int] = []
-    for kind in (FULL, SLIDING):
-        of_kind = [i for i in range(teacher.num_layers) if teacher.layer_types[i] == kind]
-        kept += _best(of_kind, importance.layers_L, student.layer_types.count(kind))
-    layers = tuple(_cut_layer(teacher, student, importance, i) for i in sorted(kept))
-    shape = student.resized(layer_types=tuple(teacher.layer_types[i] for i in sorted(kept)))
+    kept = [i for i in range(teacher.num_layers) if i not in dropped]
+    assert len(kept) == student.num_layers
+    layers = tuple(_cut_layer(teacher, student, importance, i) for i in kept)
+    shape = student.resized(layer_types=tuple(teacher.layer_types[i] for i in kept))
     hidden = _best(range(teacher.hidden_size), importance.hidden_D, student.hidden_size)
     return Cut(shape, tuple(hidden), layers)
+
+
+def least_influence(teacher: ModelShape, student: ModelShape, importance: Importance) -> list[int]:
+    """Layers to drop by block influence alone: cheaper than `distill.depth`, and worse."""
+    dropped: list[int] = []
+    for kind in (FULL, SLIDING):
+        of_kind = [i for i in range(teacher.num_layers) if teacher.layer_types[i] == kind]
+        stay = _best(of_kind, importance.layers_L, student.layer_types.count(kind))
+        dropped += [i for i in of_kind if i not in stay]
+    return dropped
 
 
 def _best(candidates: range | list[int], score: torch.Tensor, count: int) -> list[int]:
@@ -139,7 +162,9 @@ def _cut_layer(teacher: ModelShape, student: ModelShape, importance: Importance,
     return LayerCut(layer, kv_groups, tuple(queries), tuple(neurons))
 
 
-def cut_tensors(teacher: ModelShape, cut: Cut, importance: Importance, read: Read) -> Iterator[tuple[str, torch.Tensor]]:
+def cut_tensors(
+    teacher: ModelShape, cut: Cut, importance: Importance, read: Read, narrow: Narrow = select
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the student, one at a time, in the teacher's precision.
 
     Args:
@@ -147,6 +172,7 @@ def cut_tensors(teacher: ModelShape, cut: Cut, importance: Importance, read: Rea
         cut: what stays.
         importance: gives the norms' statistics.
         read: a teacher's tensor by its full name.
+        narrow: what is left of a linear over its kept inputs.
     """
     family = family_of(teacher.family)
     hidden = torch.tensor(cut.hidden)
@@ -154,36 +180,38 @@ def cut_tensors(teacher: ModelShape, cut: Cut, importance: Importance, read: Rea
     yield f"{EMBEDDING}.weight", _scaled(read(f"{EMBEDDING}.weight")[:, hidden], embedding_factor)
     for i, layer in enumerate(cut.layers):
         old, new = layer_prefix(layer.source), layer_prefix(i)
-        for name, tensor in _layer_tensors(teacher, layer, hidden, lambda name, old=old: read(old + name)):  # type: ignore[misc]
-            yield new + name, tensor
+        for name in LAYER_LINEARS:
+            weight_NK, kept = _rows_and_inputs(teacher, layer, hidden, name, read(f"{old}{name}.weight"))
+            merged = name == "self_attn.o_proj" and any(len(group) > 1 for group in layer.kv_groups)
+            yield f"{new}{name}.weight", (select if merged else narrow)(old + name, weight_NK, kept)
         for norm in family.layer_norms:
             factor = _norm_factor(importance, old + norm, cut)
             yield f"{new}{norm}.weight", _rescaled_norm(family, read(f"{old}{norm}.weight")[hidden], factor)
+        for norm in QK_NORMS if family.qk_norm else ():
+            yield f"{new}{norm}.weight", read(f"{old}{norm}.weight")
     factor = _norm_factor(importance, FINAL_NORM, cut) / (embedding_factor if teacher.tied else 1.0)
     yield f"{FINAL_NORM}.weight", _rescaled_norm(family, read(f"{FINAL_NORM}.weight")[hidden], factor)
     if not teacher.tied:
-        yield f"{HEAD}.weight", read(f"{HEAD}.weight")[:, hidden].contiguous()
+        yield f"{HEAD}.weight", narrow(HEAD, read(f"{HEAD}.weight"), hidden)
 
 
-def _layer_tensors(
-    teacher: ModelShape, layer: LayerCut, hidden: torch.Tensor, read: Read
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The linears and query/key norms of one layer."""
-    A, D = teacher.head_dim, teacher.hidden_size
-    heads, neurons = torch.tensor(layer.query_heads), torch.tensor(layer.neurons)
-    q_HAD = read("self_attn.q_proj.weight").view(-1, A, D)
-    yield "self_attn.q_proj.weight", q_HAD[heads][:, :, hidden].flatten(0, 1)
-    for name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
-        kv_GAD = read(name).view(-1, A, D)[:, :, hidden]
-        yield name, torch.cat([_average(kv_GAD[list(group)]) for group in layer.kv_groups])
-    o_DHA = read("self_attn.o_proj.weight").view(D, -1, A)
-    yield "self_attn.o_proj.weight", o_DHA[hidden][:, heads].flatten(1)
-    for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
-        yield name, read(name)[neurons][:, hidden]
-    yield "mlp.down_proj.weight", read("mlp.down_proj.weight")[hidden][:, neurons]
-    if family_of(teacher.family).qk_norm:
-        for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
-            yield name, read(name)
+def _rows_and_inputs(
+    teacher: ModelShape, layer: LayerCut, hidden: torch.Tensor, name: str, weight_NK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A linear's kept rows over all its inputs, and which inputs are kept."""
+    A = teacher.head_dim
+    of_heads = (torch.tensor(layer.query_heads)[:, None] * A + torch.arange(A)).flatten()
+    neurons = torch.tensor(layer.neurons)
+    if name == "self_attn.q_proj":
+        return weight_NK[of_heads], hidden
+    if name in ("self_attn.k_proj", "self_attn.v_proj"):
+        kv_GAD = weight_NK.view(-1, A, teacher.hidden_size)
+        return torch.cat([_average(kv_GAD[list(group)]) for group in layer.kv_groups]), hidden
+    if name == "self_attn.o_proj":
+        return weight_NK[hidden], of_heads
+    if name == "mlp.down_proj":
+        return weight_NK[hidden], neurons
+    return weight_NK[neurons], hidden
 
 
 def _average(kv_gAD: torch.Tensor) -> torch.Tensor:

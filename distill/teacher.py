@@ -23,9 +23,7 @@ from nano.torch_lm import load_float
 class Teacher(Protocol):
     """What a student is trained against."""
 
-    def loss(
-        self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, batch: Batch, mix: Mix
-    ) -> tuple[torch.Tensor, Sums]:
+    def loss(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, batch: Batch, mix: Mix) -> tuple[torch.Tensor, Sums]:
         """The student's loss on a batch, and the sums to report; see `distill.losses.distillation_loss`."""
 
 
@@ -41,15 +39,11 @@ class LiveTeacher:
     model: Any
     shape: ModelShape
 
-    def loss(
-        self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, batch: Batch, mix: Mix
-    ) -> tuple[torch.Tensor, Sums]:
+    def loss(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, batch: Batch, mix: Mix) -> tuple[torch.Tensor, Sums]:
         """See `Teacher.loss`. A mix without KL does not run the teacher for nothing: it is still run, to report it."""
         with torch.inference_mode():
             teacher_hidden_NE = hidden_states(self.model, self.shape, batch)
-        return distillation_loss(
-            hidden_ND, head_VD, teacher_hidden_NE, head_weight(self.model), batch.target_N, mix
-        )
+        return distillation_loss(hidden_ND, head_VD, teacher_hidden_NE, head_weight(self.model), batch.target_N, mix)
 
     def compare(self, student: Any, shape: ModelShape, batches: list[Batch]) -> Comparison:
         """How a student compares with this teacher on held-out text, both in their own precision."""

@@ -111,8 +111,7 @@ def train(run: Training, resume: bool) -> float:
         start = saved.step
         say(f"resuming after step {start} of {run.options.steps}")
     with catch_interrupt() as stop, track("distill", run.options.steps - start, "steps") as progress:
-        spent = _steps(run, optimizer, start, stop, progress.advance)
-    return spent
+        return _steps(run, optimizer, start, stop, progress.advance)
 
 
 def _steps(

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 from distill.data import Batch, batches, make_batch, row_order
+from distill.depth import layers_to_drop
 from distill.importance import measure as measure_importance
 from distill.losses import Comparison
 from distill.models import load_weights, new_model
+from distill.refit import Refit
 from distill.run import Job
-from distill.shrink import choose, cut_tensors
+from distill.shrink import choose, cut_tensors, least_influence, select
 from distill.state import METRICS, StateFolder
 from distill.teacher import LiveTeacher, open_teacher
 from distill.train import Training, train
@@ -33,6 +35,8 @@ from nano.shapes import ModelShape
 from nano.tokens import copy_tokenizer
 
 EVAL_BATCH = 16
+RANKING_BATCHES = 2
+"""Of EVAL_BATCH sequences: enough to rank layers, which differ by tenths of a nat."""
 
 
 def work(job: Job, state: StateFolder, out: Path, resuming: bool, force: bool) -> Manifest:
@@ -72,21 +76,33 @@ def begin(job: Job, teacher: LiveTeacher, held_out: list[Batch], device: str) ->
         facts.update(config=config, cut=None)
         shape = job.shape
     else:
-        importance = measure_importance(teacher.model, teacher.shape, _calibration(job, device))
-        cut = choose(job.teacher_shape, job.shape, importance)
-        shape = cut.shape
-        config = shape.to_hf(job.config)
-        model = new_model(config)
-        with Checkpoint(job.teacher) as checkpoint:
-            read = lambda name: checkpoint.tensor(name)  # noqa: E731
-            load_weights(model, dict(cut_tensors(job.teacher_shape, cut, importance, read)))
-        model = model.to(device)
-        facts.update(config=config, cut=cut.as_dict())
+        model, shape, cut = _pruned(job, teacher, _calibration(job, device))
+        model, config = model.to(device), shape.to_hf(job.config)
+        facts.update(config=config, cut=cut)
     before = teacher.compare(model, shape, held_out)
     facts["held_out"] = {"tokens": before.tokens, "teacher": _entropy(before.teacher_ce, before), "start": _figures(before)}  # noqa: E501  # fmt: skip
     say(f"teacher: cross-entropy {before.teacher_ce / before.tokens:.4f} on {before.tokens:,} held-out tokens")
     _say_figures("after the cut" if facts["cut"] else "at random", facts["held_out"]["start"])
     return model, facts
+
+
+def _pruned(job: Job, teacher: LiveTeacher, calibration: list[Batch]) -> tuple[Any, ModelShape, dict[str, Any]]:
+    """The student cut from the teacher's weights, its shape, and what was cut: depth first, then widths."""
+    shape, model = teacher.shape, teacher.model
+    damage: list[tuple[int, float]] = []
+    if job.options.layers == "damage":
+        damage = layers_to_drop(model, shape, job.shape, calibration[:RANKING_BATCHES])
+        dropped = [layer for layer, _kl in damage]
+    else:
+        dropped = least_influence(shape, job.shape, measure_importance(model, shape, calibration[:RANKING_BATCHES]))
+    importance = measure_importance(model, shape, calibration, dropped)
+    cut = choose(shape, job.shape, dropped, importance)
+    narrow = Refit(model, shape, calibration, dropped) if job.options.refit else select
+    student = new_model(cut.shape.to_hf(job.config))
+    with Checkpoint(job.teacher) as checkpoint:
+        load_weights(student, dict(cut_tensors(shape, cut, importance, checkpoint.tensor, narrow)))
+    lost = [{"layer": layer, "kl_without": kl} for layer, kl in damage]
+    return student, cut.shape, {**cut.as_dict(), "dropped_layers": sorted(dropped), "damage": lost}
 
 
 def _calibration(job: Job, device: str) -> list[Batch]:
@@ -125,8 +141,14 @@ def _round_to_stored(model: Any, job: Job) -> None:
 
 
 def _write(
-    folder: Path, job: Job, model: Any, shape: ModelShape, facts: Mapping[str, Any], trained: Comparison, state: StateFolder
-) -> Manifest:  # fmt: skip
+    folder: Path,
+    job: Job,
+    model: Any,
+    shape: ModelShape,
+    facts: Mapping[str, Any],
+    trained: Comparison,
+    state: StateFolder,
+) -> Manifest:
     """The student's files, its manifest last."""
     dtype = _stored_dtype(job)
     weights = model.state_dict()
