@@ -179,7 +179,7 @@ def predict(facts: BundleFacts, context: int | None = None) -> Footprint:
     constants = runtime_constants(facts.runtime)
     arena = facts.planned_bytes
     if arena is None:
-        arena = round(constants.arena_per_byte * _live_bytes(facts.shape, facts.chunk, facts.context, constants.scores))
+        arena = round(constants.arena_per_byte * live_bytes(facts.shape, facts.chunk, facts.context, constants.scores))
     return Footprint(
         packed_weights=round(
             constants.packed_per_byte * facts.packed_source_bytes + constants.head_per_byte * facts.float_head_bytes
@@ -323,7 +323,7 @@ def _grid_bytes(rows: int, columns: int, bits: int, group: int, scale_bytes: int
     return rows * groups * (group * bits // 8 + scale_bytes)
 
 
-def _live_bytes(shape: ModelShape, chunk: int, context: int, scores: float) -> float:
+def live_bytes(shape: ModelShape, chunk: int, context: int, scores: float) -> float:
     """float32 tensors alive at once in the widest place of one layer, for a chunk."""
     d, f = shape.hidden_size, shape.intermediate_size
     q_width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
