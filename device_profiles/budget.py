@@ -153,6 +153,8 @@ def _notes(facts: BundleFacts, footprint: Footprint, profile: DeviceProfile) -> 
     plain, pack, app = (profile.app_dirty_memory.number, profile.pack_limit.number, profile.app_limit.number)
     if profile.app_dirty_memory_entitled.known and plain is not None and footprint.dirty > plain:
         notes.append(f"on iOS it needs the increased-memory-limit entitlement: without it {profile.app_dirty_memory}")
+    if not facts.tokenizer_bytes:
+        notes.append("the tokenizer's memory is not counted: there is no tokenizer.json yet")
     for name in ("app_dirty_memory", "app_memory"):
         if not getattr(profile, name).known:
             notes.append(f"{name} is unknown for this phone and was not checked")

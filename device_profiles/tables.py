@@ -53,9 +53,9 @@ def verdict_tables(verdict: Verdict) -> list[RenderableType]:
 
 def profiles_table(profiles: list[DeviceProfile]) -> Table:
     """One row a profile."""
-    table = _table("Device profiles")
+    table = _table("Device profiles, and what one app may hold there")
     table.add_column("name", no_wrap=True)
-    for heading in ("RAM", "app may write", "app resident"):
+    for heading in ("RAM", "dirty", "resident"):
         table.add_column(heading, justify="right")
     table.add_column("for")
     for profile in profiles:
