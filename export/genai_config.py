@@ -28,6 +28,35 @@ def genai_config(
     eos = list(tokenizer.eos_ids) or [0]
     bos = tokenizer.bos_id if tokenizer.bos_id is not None else config.get("bos_token_id")
     pad = config.get("pad_token_id")
+    return {
+        "model": {
+            "bos_token_id": bos if isinstance(bos, int) else eos[0],
+            "context_length": context,
+            "decoder": _decoder(shape, slack),
+            "eos_token_id": eos if len(eos) > 1 else eos[0],
+            "pad_token_id": pad if isinstance(pad, int) else eos[0],
+            "type": shape.family,
+            "vocab_size": shape.vocab_size,
+        },
+        "search": {
+            "chunk_size": chunk,  # bounds a long prompt's activations: 0.4B, 1,200 tokens: 73 MB beyond load, not 170
+            "do_sample": False,
+            "early_stopping": True,
+            "max_length": context,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": True,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 50,
+            "top_p": 1.0,
+        },
+    }
+
+
+def _decoder(shape: ModelShape, slack: int | None) -> dict[str, Any]:
+    """The [model.decoder] part: names of inputs and outputs, the session's options, the sliding window."""
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **SESSION_OPTIONS},
         "filename": MODEL,
@@ -56,28 +85,4 @@ def genai_config(
             "layers": [i for i, kind in enumerate(shape.layer_types) if kind == SLIDING],
             "cache_slack": slack,
         }
-    return {
-        "model": {
-            "bos_token_id": bos if isinstance(bos, int) else eos[0],
-            "context_length": context,
-            "decoder": decoder,
-            "eos_token_id": eos if len(eos) > 1 else eos[0],
-            "pad_token_id": pad if isinstance(pad, int) else eos[0],
-            "type": shape.family,
-            "vocab_size": shape.vocab_size,
-        },
-        "search": {
-            "chunk_size": chunk,  # bounds a long prompt's activations: 0.4B, 1,200 tokens: 73 MB beyond load, not 170
-            "do_sample": False,
-            "early_stopping": True,
-            "max_length": context,
-            "min_length": 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "past_present_share_buffer": True,
-            "repetition_penalty": 1.0,
-            "temperature": 1.0,
-            "top_k": 50,
-            "top_p": 1.0,
-        },
-    }
+    return decoder
