@@ -95,5 +95,11 @@ def test_generate_prints_the_text(nanokit: Call, stories: Path) -> None:
     assert ran.stderr == ""
 
 
-def test_shell_completion_is_offered(nanokit: Call, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion_knows_commands_and_options(nanokit: Call, shell: str) -> None:
+    from nano.cli import app
+
+    script = app.generate_completion(shell=shell)
+    for word in ("quantize", "distill", "--group-size"):
+        assert word.lstrip("-") in script
     assert "--install-completion" in nanokit("--help").stdout
