@@ -56,6 +56,10 @@ DEVIATION_WEIGHT = 0.02
 """Weight of (deviation ÷ tolerance)²: among layouts that are as gentle, the one whose count is nearer."""
 
 
+EVEN_HEADS = ("llama", "gemma3_text")
+"""Families whose transformers config refuses a hidden width that the number of query heads does not divide."""
+
+
 @dataclass(frozen=True)
 class SizeTarget:
     """A size that was asked for.
@@ -216,7 +220,9 @@ def _widths(teacher: ModelShape, step: int) -> Iterator[tuple[int, int]]:
     q_ratio = max(MAX_Q_RATIO, q_per_group * teacher.num_kv_heads / teacher.hidden_size)
     for hidden in range(step, teacher.hidden_size + 1, step):
         for kv_heads in _group_counts(teacher, step):
-            if kv_heads * q_per_group <= q_ratio * hidden:
+            heads = kv_heads * (teacher.num_heads // teacher.num_kv_heads)
+            loadable = teacher.family not in EVEN_HEADS or hidden % heads == 0
+            if loadable and kv_heads * q_per_group <= q_ratio * hidden:
                 yield hidden, kv_heads
 
 
