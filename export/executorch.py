@@ -4,24 +4,27 @@ The file takes token ids (1, T), T from 1 to the chunk, and the position of the 
 logits. Its metadata methods are those that ExecuTorch's LLM runner (`extension/llm/runner`) reads, so that
 `LlmModule` on Android and iOS takes it as it is.
 
-Legend: T positions of a call, V vocabulary, N output channels, K input channels, G = K / group size groups.
+Legend: T positions of a call, V vocabulary, D hidden width, K input channels.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from export.executorch_file import MODEL
+from export.onnx_data import grid_of
 from export.options import ExportOptions
-from nano.errors import UnsupportedError, WorkError
+from nano.errors import UnsupportedError
 from nano.families import EMBEDDING, HEAD, linear_names
-from nano.folder import human_bytes
-from nano.progress import say, track
+from nano.progress import Track, track
 from nano.shapes import ModelShape
 from nano.tokens import TextTokenizer
-from quantize.packed import PACKED, SCALE, SHAPE, Int4Checkpoint
+from quantize.packed import SCALE, ZERO, Int4Checkpoint
 
-MODEL = "model.pte"
+if TYPE_CHECKING:
+    from export.executorch_model import CachePlan
+
 GROUP_MULTIPLE = 32
 """XNNPACK's blockwise kernel takes groups of a multiple of 32 (backends/xnnpack/operators/node_visitor.py)."""
 
@@ -39,48 +42,121 @@ def write_pte(
 
     Returns:
         Plain data: "footprint" (bytes by cause, "context", "chunk"), "delegation" (linears by kernel, delegates),
-        "modules" (for each quantized module where its codes stand in the file).
+        "modules" (for each quantized module its bits, group size, and where codes and scales stand in the file).
 
     Raises:
         UnsupportedError: something in the checkpoint that the kernels cannot take; nothing is written.
         MissingExtraError: executorch is not installed.
-        WorkError: a linear did not get XNNPACK's 4-bit kernel.
+        WorkError: a decoder linear did not get XNNPACK's 4-bit kernel.
     """
-    check_grids(checkpoint, options)
-    from export.arithmetic import read_arithmetic, resolve_context
-    from export.executorch_lower import PartLowerer, build_program, load_toolchain, silenced
-    from export.executorch_model import AfterAttention, BeforeAttention, CachePlan, Decoder, Head, Source, layer_source
+    check_executorch(checkpoint, options)
+    from export.arithmetic import resolve_context
+    from export.executorch_facts import describe
+    from export.executorch_lower import load_toolchain, silenced
+    from export.executorch_model import CachePlan
 
-    shape = checkpoint.shape
-    context = resolve_context(shape, options.context)
-    chunk = min(options.chunk, context)
-    load_toolchain()
-    arithmetic = read_arithmetic(checkpoint, context)
-    plan = CachePlan.of(shape, context, chunk)
+    context = resolve_context(checkpoint.shape, options.context)
+    plan = CachePlan.of(checkpoint.shape, context, min(options.chunk, context))
     last_only = options.logits == "last"
-    lowerer = PartLowerer(shape, chunk)
+    methods = metadata_methods(checkpoint.shape, plan, tokenizer)
+    with silenced():
+        load_toolchain()
+        with track("export", checkpoint.shape.num_layers + 6, "steps") as progress:
+            _write(checkpoint, folder / MODEL, plan, methods, last_only, progress)
+            facts = describe(folder, checkpoint.shape, plan, last_only)
+            progress.advance(note="read back")
+    return facts
+
+
+def _write(
+    checkpoint: Int4Checkpoint,
+    path: Path,
+    plan: CachePlan,
+    methods: dict[str, Any],
+    last_only: bool,
+    progress: Track,
+) -> None:
+    """Lower every part, trace the decoder around them, write the file."""
+    from export.arithmetic import read_arithmetic
+    from export.executorch_lower import PartLowerer, build_program
+    from export.executorch_model import AfterAttention, BeforeAttention, Decoder, Head, Source, layer_source
+
+    arithmetic = read_arithmetic(checkpoint, plan.context)
+    lowerer = PartLowerer(checkpoint.shape, plan.chunk)
     layers = []
-    with track("export", shape.num_layers + 4, "steps") as progress, silenced():
-        for layer in range(shape.num_layers):
-            source = layer_source(checkpoint, layer, arithmetic.eps)
-            before, after = (lowerer.lower(part(source)) for part in (BeforeAttention, AfterAttention))
-            layers.append((before, after))
-            progress.advance(note="lower")
-        head = lowerer.lower(Head(Source(checkpoint, "", arithmetic.eps)), 1 if last_only else None)
-        decoder = Decoder(checkpoint, arithmetic, plan, (layers, head), last_only)
-        methods = metadata_methods(shape, context, chunk, tokenizer)
-        program = build_program(decoder, chunk, methods, lambda stage: progress.advance(note=stage))
-        with (folder / MODEL).open("wb") as file:
-            program.write_to_file(file)
-        progress.advance(note="write")
-    return {"n": program.executorch_program.execution_plan[0].non_const_buffer_sizes}
+    for layer in range(checkpoint.shape.num_layers):
+        source = layer_source(checkpoint, layer, arithmetic.eps)
+        layers.append((lowerer.lower(BeforeAttention(source)), lowerer.lower(AfterAttention(source))))
+        progress.advance(note="lower layers")
+    head = lowerer.lower(Head(Source(checkpoint, "", arithmetic.eps)), 1 if last_only else plan.chunk)
+    progress.advance(note="lower head")
+    decoder = Decoder(checkpoint, arithmetic, plan, (layers, head), last_only)
+    program = build_program(decoder, plan.chunk, methods, lambda stage: progress.advance(note=stage))
+    with path.open("wb") as file:
+        program.write_to_file(file)
+    progress.advance(note="write")
 
 
-def metadata_methods(shape: ModelShape, context: int, chunk: int, tokenizer: TextTokenizer) -> dict[str, Any]:
+def check_executorch(checkpoint: Int4Checkpoint, options: ExportOptions) -> None:
+    """Refuse what XNNPACK's kernels cannot take, before any work.
+
+    Raises:
+        UnsupportedError: says which module or option, and what would be taken.
+    """
+    if options.activations == "float":
+        raise UnsupportedError(
+            "ExecuTorch's 4-bit kernel always takes int8 activations.",
+            found="--activations float",
+            todo="leave it out, or export with --format onnx",
+        )
+    if options.chunk < 1:
+        raise UnsupportedError("The chunk is too small.", found=f"--chunk {options.chunk}", expected="at least 1")
+    shape = checkpoint.shape
+    for module in linear_names(shape):
+        if module not in checkpoint:
+            raise UnsupportedError(
+                "Every decoder linear must be int4 for ExecuTorch.",
+                found=f"'{module}' is float",
+                todo="quantize it too, or export with --format onnx",
+            )
+        _check_linear(checkpoint, module, heads=False)
+    head = EMBEDDING if shape.tied else HEAD
+    if head in checkpoint:
+        _check_linear(checkpoint, head, heads=True)
+    for module in checkpoint.modules:
+        if module + ZERO in checkpoint.store:
+            raise UnsupportedError(
+                "XNNPACK takes symmetric int4 only (it would drop the zero points).", found=f"'{module}' has them"
+            )
+
+
+def _check_linear(checkpoint: Int4Checkpoint, module: str, *, heads: bool) -> None:
+    """One linear's grid; a head may also be int8 with one scale a row (XNNPACK qc8w)."""
+    import torch
+
+    grid = grid_of(checkpoint, module)
+    per_row = heads and grid.bits == 8 and grid.group_size == grid.columns
+    if not per_row and (grid.bits != 4 or grid.group_size % GROUP_MULTIPLE):
+        raise UnsupportedError(
+            "XNNPACK's kernel cannot take this grid.",
+            found=f"'{module}': {grid.bits} bits, groups of {grid.group_size}",
+            expected=f"4 bits, groups of a multiple of {GROUP_MULTIPLE}" + (", or 8 bits a row" if heads else ""),
+            todo="quantize again with --group-size 32",
+        )
+    scales = checkpoint.store.tensor(module + SCALE).float()
+    if not per_row and not torch.equal(scales, scales.to(torch.bfloat16).float()):
+        raise UnsupportedError(
+            "XNNPACK's blockwise kernel keeps scales in bfloat16, and these would be rounded.",
+            found=f"scales of '{module}' that are no bfloat16",
+            todo="quantize with nanokit quantize, which chooses such scales first",
+        )
+
+
+def metadata_methods(shape: ModelShape, plan: CachePlan, tokenizer: TextTokenizer) -> dict[str, Any]:
     """Constants that the LLM runner asks a program for (extension/llm/runner/constants.h)."""
     methods: dict[str, Any] = {
-        "get_max_seq_len": chunk,
-        "get_max_context_len": context,
+        "get_max_seq_len": plan.chunk,
+        "get_max_context_len": plan.context,
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,
@@ -91,7 +167,3 @@ def metadata_methods(shape: ModelShape, context: int, chunk: int, tokenizer: Tex
     if tokenizer.bos_id is not None:
         methods["get_bos_id"] = tokenizer.bos_id
     return methods
-
-
-def check_grids(checkpoint, options) -> None:
-    pass

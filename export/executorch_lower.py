@@ -119,13 +119,14 @@ class PartLowerer:
         assert buffers.keys() <= edge.state_dict.keys()  # the rest are constants of the graph, such as eps
         edge.state_dict.update(buffers)
         lowered = to_backend(XNNPACK, edge, [CompileSpec(LINEARS_ONLY, b"")])
-        return LoweredBackendModule(
+        delegate: nn.Module = LoweredBackendModule(
             edge_program=self._outline(kind),
             backend_id=XNNPACK,
             processed_bytes=lowered.processed_bytes,
             compile_specs=[],
             named_data_store_output=lowered.named_data_store_output,
         )
+        return delegate
 
     def _edge(self, part: nn.Module, positions: int) -> Any:
         """A part in the edge dialect, checked to be XNNPACK's as a whole, every linear with its own kernel."""

@@ -39,6 +39,10 @@ class GridLinear(nn.Module):
     The codes and scales are handed over as they are: torchao's tensor only says what they mean.
     """
 
+    codes_NK: torch.Tensor
+    scale_NG: torch.Tensor
+    zero_NG: torch.Tensor
+
     def __init__(self, weight: QuantizedTensor) -> None:
         super().__init__()
         self.bits, self.group_size = weight.bits, weight.group_size
@@ -53,7 +57,7 @@ class GridLinear(nn.Module):
             qdata=self.codes_NK,
             scale=self.scale_NG,
             zero_point=self.zero_NG,
-            target_dtype=torch.int4 if self.bits == 4 else torch.int8,
+            target_dtype=getattr(torch, f"int{self.bits}"),
             block_size=(1, self.group_size),
             dtype=torch.float32,
             activation_quantization="int8_asym_per_token",
@@ -63,6 +67,8 @@ class GridLinear(nn.Module):
 
 class FloatLinear(nn.Module):
     """A linear that stays float32: an output head that is not on the grid."""
+
+    weight_NK: torch.Tensor
 
     def __init__(self, weight_NK: torch.Tensor) -> None:
         super().__init__()
@@ -74,6 +80,9 @@ class FloatLinear(nn.Module):
 
 class Norm(nn.Module):
     """RMS norm over the last dimension, in operators that XNNPACK's delegate takes."""
+
+    weight_D: torch.Tensor
+    mean_1D: torch.Tensor
 
     def __init__(self, weight_D: torch.Tensor, family: Family, eps: float) -> None:
         super().__init__()
@@ -88,6 +97,8 @@ class Norm(nn.Module):
 
 class Rotation(nn.Module):
     """Rotary positions in the half-split form: x cos + rotate_half(x) sin."""
+
+    turn_AA: torch.Tensor
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -212,6 +223,9 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": silu,
 class Embedding(nn.Module):
     """Token ids (1, T) to x (1, T, D): float32, or 4-bit or 8-bit rows dequantised as they are looked up."""
 
+    table_VD: torch.Tensor
+    scale_VG: torch.Tensor
+
     def __init__(self, checkpoint: Int4Checkpoint) -> None:
         super().__init__()
         shape = checkpoint.shape
@@ -310,8 +324,8 @@ class Decoder(nn.Module):
     def forward(self, ids_1T: torch.Tensor, start_1: torch.Tensor) -> torch.Tensor:
         start = cast(int, start_1[0].item())  # a symbol while tracing
         length = ids_1T.shape[1]
-        torch._check(start >= 0)
-        torch._check(start + length <= self.plan.context)
+        torch._check(start >= 0)  # type: ignore[no-untyped-call]
+        torch._check(start + length <= self.plan.context)  # type: ignore[no-untyped-call]
         positions_T = start_1 + torch.arange(length)
         rotation = {kind: self._rotation(kind, positions_T) for kind in dict.fromkeys(self.kinds)}
         ring = self._ring(positions_T) if self.plan.window else None

@@ -72,7 +72,9 @@ class ExecutorchModel:
 
         end = self._position + len(ids_T)
         if end > self.context:
-            raise RequestError("The text does not fit the bundle.", found=f"{end} positions", expected=f"at most {self.context}")  # fmt: skip
+            raise RequestError(
+                "The text does not fit the bundle.", found=f"{end} positions", expected=f"at most {self.context}"
+            )
         inputs = (torch.from_numpy(ids_T)[None], torch.tensor([self._position]))
         logits: Logits = self._forward.execute(inputs)[0][0].numpy()
         self._position = end
@@ -86,7 +88,11 @@ class ExecutorchModel:
 def _constant(program: Any, method: str) -> int:
     """What a metadata method gives."""
     if method not in program.method_names:
-        raise BadFileError("This .pte is not a language model of ours.", found=f"no method '{method}'", expected="a bundle that nanokit export wrote")  # fmt: skip
+        raise BadFileError(
+            "This .pte is not a language model of ours.",
+            found=f"no method '{method}'",
+            expected="a bundle that nanokit export wrote",
+        )
     return int(program.load_method(method).execute(())[0])
 
 
