@@ -146,7 +146,10 @@ def _build_student(
         inputs = {"teacher": fingerprint(teacher), "data": data_hashes, "size": wish.size, "options": recipe.distill}
         distill = _door("distill.run:run_distill")
         build.stage(
-            "distill", student, inputs, lambda: distill(teacher, wish.size, data, student, recipe.distill, force=True)
+            "distill",
+            student,
+            inputs,
+            lambda: distill(teacher, wish.size, data, student, recipe.distill, force=True, resume=None),
         )
     int4 = home / "int4"
     inputs = {"student": fingerprint(student), "data": data_hashes, "options": recipe.quantize}
