@@ -162,6 +162,8 @@ class ModelShape:
         )
         if self.sliding_window is not None or self.family == "gemma3_text":
             config.update(layer_types=list(self.layer_types), sliding_window=self.sliding_window)
+        elif "layer_types" in config:  # Qwen3's lists them even where all are alike
+            config.update(layer_types=list(self.layer_types))
         return config
 
     def resized(self, **dimensions: Any) -> ModelShape:
