@@ -14,18 +14,19 @@ from typing import Any
 import torch
 
 from distill.data import PAD, Batch
-from nano.shapes import SLIDING, ModelShape
+from nano.shapes import FULL, SLIDING, ModelShape
 
 
-def attention_masks(batch: Batch, shape: ModelShape) -> Any:
+def attention_masks(batch: Batch, shape: ModelShape, dtype: torch.dtype) -> Any:
     """What the model takes as attention_mask: none for whole rows, else who may see whom, by kind of layer.
 
     Args:
         batch: packed rows.
         shape: of the model.
+        dtype: of its queries; a mask of that type is added as it is, a bool one is converted anew by every layer.
 
     Returns:
-        None; a bool (B, 1, T, T); or, for families whose layers differ in kind, one for each kind.
+        None; (B, 1, T, T) of 0 and -inf; or, for families whose layers differ in kind, one for each kind.
     """
     if batch.whole:
         return None
@@ -34,16 +35,22 @@ def attention_masks(batch: Batch, shape: ModelShape) -> Any:
     same_BTT = batch.segment_BT[:, :, None] == batch.segment_BT[:, None, :]
     full_B1TT = (same_BTT & (at_T[:, None] >= at_T[None, :])).unsqueeze(1)
     if shape.family == "llama":
-        return full_B1TT
+        return _additive(full_B1TT, dtype)
     if shape.sliding_window is None:
-        return {"full_attention": full_B1TT}
+        return {FULL: _additive(full_B1TT, dtype)}
     near_TT = at_T[:, None] - at_T[None, :] < shape.sliding_window
-    return {"full_attention": full_B1TT, SLIDING: full_B1TT & near_TT}
+    return {FULL: _additive(full_B1TT, dtype), SLIDING: _additive(full_B1TT & near_TT, dtype)}
+
+
+def _additive(may_see: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros_like(may_see, dtype=dtype).masked_fill_(~may_see, float("-inf"))
 
 
 def hidden_states(model: Any, shape: ModelShape, batch: Batch) -> torch.Tensor:
     """What the head sees at the positions that carry a token: (N, D)."""
-    out = model.model(input_ids=batch.ids_BT, attention_mask=attention_masks(batch, shape), use_cache=False)
+    device = batch.ids_BT.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    out = model.model(input_ids=batch.ids_BT, attention_mask=attention_masks(batch, shape, dtype), use_cache=False)
     flat: torch.Tensor = out.last_hidden_state.flatten(0, 1)
     padded = batch.real_N.numel() != flat.shape[0]
     return flat[batch.real_N] if padded else flat
