@@ -88,7 +88,6 @@ class BundleFacts:
         context: positions the cache holds.
         chunk: positions of the longest prefill call.
         tokenizer_bytes: size of tokenizer.json.
-        planned_bytes: activation memory that the file itself asks for (ExecuTorch); None where it does not say.
     """
 
     runtime: Runtime
@@ -102,7 +101,6 @@ class BundleFacts:
     context: int
     chunk: int
     tokenizer_bytes: int
-    planned_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,15 +175,13 @@ def predict(facts: BundleFacts, context: int | None = None) -> Footprint:
     if context is not None and context != facts.context:
         facts = _at_context(facts, context)
     constants = runtime_constants(facts.runtime)
-    arena = facts.planned_bytes
-    if arena is None:
-        arena = round(constants.arena_per_byte * live_bytes(facts.shape, facts.chunk, facts.context, constants.scores))
+    live = live_bytes(facts.shape, facts.chunk, facts.context, constants.scores)
     return Footprint(
         packed_weights=round(
             constants.packed_per_byte * facts.packed_source_bytes + constants.head_per_byte * facts.float_head_bytes
         ),
         kv_cache=facts.kv_cache_bytes,
-        arena=arena,
+        arena=round(constants.arena_per_byte * live),
         logits=facts.logits_bytes,
         tokenizer=round(constants.tokenizer_per_byte * facts.tokenizer_bytes),
         runtime=round(constants.base_bytes),
@@ -283,7 +279,6 @@ def manifest_facts(manifest: Manifest, tokenizer_bytes: int, where: str) -> Bund
         context=count("context"),
         chunk=count("chunk"),
         tokenizer_bytes=tokenizer_bytes,
-        planned_bytes=count("planned_bytes") if "planned_bytes" in written else None,
     )
 
 
