@@ -64,20 +64,25 @@ def _print(facts: dict[str, Any], files: Any) -> None:
         table.add_row(name, human_bytes(entry["bytes"]))
     exact = facts["exact"]
     table.add_row("codes equal to the checkpoint's", f"{exact['codes']:,} in {exact['modules']} modules: all")
-    parity = facts.get("parity")
-    for name, label in (("simulated", "int8 activations simulated"), ("float", "float activations")) if parity else ():
-        row = parity[name]
-        greedy = parity["greedy"][name]
-        table.add_row(
-            f"against torch, {label}",
-            f"same top token {row['top1']:.2%}, logit error {row['logit_error']:.2%}, "
-            f"KL {row['kl']:.2g}, greedy {greedy['same']}/{greedy['of']}, "
-            f"logit error of prefill {parity['prefill'][name]['logit_error']:.2%}",
-        )
-    if parity and "floor" in parity:
-        floor = parity["floor"]
-        table.add_row(
-            "simulation against itself, moved by 1e-7",
-            f"same top token {floor['top1']:.2%}, logit error {floor['logit_error']:.2%}: the noise floor",
-        )
+    for label, figures in _parity_rows(facts.get("parity")):
+        table.add_row(label, figures)
     show(table)
+
+
+def _parity_rows(parity: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What the parity report says, a line each."""
+    if not parity:
+        return []
+    rows = []
+    for name, label in (("simulated", "int8 activations simulated"), ("float", "float activations")):
+        row, greedy, prefill = parity[name], parity["greedy"][name], parity["prefill"][name]
+        figures = (
+            f"same top token {row['top1']:.2%}, logit error {row['logit_error']:.2%}, KL {row['kl']:.2g}, "
+            f"greedy {greedy['same']}/{greedy['of']}, logit error of prefill {prefill['logit_error']:.2%}"
+        )
+        rows.append((f"against torch, {label}", figures))
+    if "floor" in parity:
+        floor = parity["floor"]
+        figures = f"same top token {floor['top1']:.2%}, logit error {floor['logit_error']:.2%}: the noise floor"
+        rows.append(("simulation against itself, moved by 1e-7", figures))
+    return rows
