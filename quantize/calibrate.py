@@ -11,7 +11,7 @@ from nano.corpus import Windows, describe_data, read_documents, sample_windows
 from nano.errors import RequestError
 from nano.progress import warn
 from nano.tokens import TextTokenizer
-from quantize.options import QuantizeOptions
+from quantize.options import STEPS, QuantizeOptions
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,22 @@ def draw_windows(
         "asked": {"samples": options.samples, "length": options.length},
     }
     return Calibration(windows, record)
+
+
+def draw_training_windows(
+    data: Sequence[Path], tokenizer: TextTokenizer, options: QuantizeOptions, max_positions: int
+) -> Calibration:
+    """Draw the windows that the training methods need: each seen once where the text is long enough.
+
+    Warns when windows must be seen more than three times: the result then fits this text, not the use.
+    """
+    steps = options.steps or STEPS[options.method]
+    length, count = min(options.window, max_positions), steps * options.batch
+    windows = sample_windows(read_documents(data), tokenizer, length, count, options.seed)
+    tokens = sum(len(window) for window in windows.ids)
+    if count > 3 * len(windows.ids):
+        warn(
+            f"{steps} steps see each of the text's {len(windows.ids):,} windows {count / len(windows.ids):.0f} times: "
+            f"the result may fit this text more than the model's use; give more --data, or lower --steps"
+        )
+    return Calibration(windows, {"windows": len(windows.ids), "tokens": tokens, "steps": steps})

@@ -8,19 +8,36 @@ Legend: S windows, T positions, D hidden width, K input channels of a linear, M 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from nano.families import EMBEDDING, layer_prefix, weight_shapes
 from nano.shapes import ModelShape
+from quantize.grid import QuantizedTensor
 from quantize.student import Student
 
 BATCH_TOKENS = 4096
 """Positions run at once: enough to keep the cores busy, small beside the weights of a layer."""
+
+
+@dataclass
+class LayerResult:
+    """One layer on the grid.
+
+    Attributes:
+        weights: by full module name.
+        error: relative squared output error of each on the calibration text (of its weights, for rtn).
+        rounding_error: the same if its target were just rounded to nearest.
+    """
+
+    weights: dict[str, QuantizedTensor] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
+    rounding_error: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -98,27 +115,49 @@ def advance(model: Any, hidden: Hidden, device: torch.device) -> None:
         hidden.x_STD[part] = run_layer(model, hidden.x_STD[part].to(device)).to(hidden.x_STD.device)
 
 
-class _Seen(Exception):  # noqa: N818  (a signal, not an error)
-    """Stops a forward pass once the linear of interest has its input."""
+@dataclass(frozen=True)
+class Seen:
+    """What one linear of a layer sees in one batch.
+
+    Attributes:
+        x_bTK: its inputs.
+        residual_bTD: the residual stream that its block's output is added to.
+        valid_bT: which positions are real.
+    """
+
+    x_bTK: torch.Tensor
+    residual_bTD: torch.Tensor
+    valid_bT: torch.Tensor
+
+
+class _Stop(Exception):  # noqa: N818  (a signal, not an error)
+    """Ends a forward pass once the linear of interest has its input."""
 
 
 @torch.no_grad()
-def linear_inputs(
-    model: Any, linear: str, hidden: Hidden, device: torch.device
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """What one linear of the layer sees: per batch the slice, inputs (b, T, K), and which positions are real."""
-    seen: list[torch.Tensor] = []
+def linear_inputs(model: Any, linear: str, hidden: Hidden, device: torch.device) -> Iterator[Seen]:
+    """What one linear of the layer sees, batch by batch; the layer is run no further than to it."""
+    inputs: list[torch.Tensor] = []
+    residuals: list[torch.Tensor] = []
 
-    def catch(_module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-        seen.append(arguments[0])
-        raise _Seen
+    def stop(_module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(arguments[0])
+        raise _Stop
 
-    handle = model.layers[0].get_submodule(linear).register_forward_pre_hook(catch)
+    block = model.layers[0]
+    # The norm before a block takes the residual stream as its input: the first for attention, the last pre-norm
+    # for the MLP (Gemma calls that one otherwise).
+    second = "pre_feedforward_layernorm" if hasattr(block, "pre_feedforward_layernorm") else "post_attention_layernorm"
+    norm = block.get_submodule("input_layernorm" if linear.startswith("self_attn.") else second)
+    handles = [
+        block.get_submodule(linear).register_forward_pre_hook(stop),
+        norm.register_forward_pre_hook(lambda _module, arguments: residuals.append(arguments[0])),
+    ]
     try:
         for part, valid_bT in hidden.batches():
-            try:
+            with contextlib.suppress(_Stop):
                 run_layer(model, hidden.x_STD[part].to(device))
-            except _Seen:
-                yield part, seen.pop(), valid_bT
+            yield Seen(inputs.pop(), residuals.pop(), valid_bT)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["rtn", "gptq"]
+Method = Literal["rtn", "gptq", "best", "recover"]
+
+STEPS = {"best": 240, "recover": 2000}
+"""Training steps of the methods that train, where none are asked for."""
 
 
 @dataclass(frozen=True)
@@ -14,12 +17,18 @@ class QuantizeOptions:
 
     Attributes:
         method: "rtn" rounds each weight to the nearest code, needs no text to be read by the model; "gptq" lets
-            the weights not yet rounded make up for each rounding error, as the calibration text weighs it.
+            the weights not yet rounded make up for each rounding error, as the calibration text weighs it;
+            "best" is gptq, then a short distillation from the float model through the grid; "recover" is that
+            distillation at length.
         group_size: input channels that share a scale: 32, 64 or 128.
         samples: calibration windows.
         length: tokens a calibration window holds.
         seed: which windows are drawn.
-        damping: share of the mean curvature added to every input channel before the solve (gptq).
+        damping: share of the mean curvature added to every input channel before the solve.
+        steps: training steps of best and recover; 0 means 240 for best, 2,000 for recover.
+        batch: windows in a training step.
+        window: tokens a training window holds.
+        learning_rate: how far a weight may move in a training step, in codes.
     """
 
     method: Method = "gptq"
@@ -28,3 +37,7 @@ class QuantizeOptions:
     length: int = 256
     seed: int = 0
     damping: float = 0.01
+    steps: int = 0
+    batch: int = 16
+    window: int = 128
+    learning_rate: float = 0.02

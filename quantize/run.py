@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,10 @@ from nano.errors import RequestError
 from nano.families import layer_prefix, weight_shapes
 from nano.folder import check_output, require_space, staged_folder
 from nano.manifest import Manifest, input_entry, write_manifest
-from nano.progress import Track, say, track
+from nano.progress import say, track
 from nano.tokens import copy_tokenizer, load_tokenizer
-from quantize.calibrate import Calibration, draw_windows
-from quantize.options import QuantizeOptions
+from quantize.calibrate import Calibration, draw_training_windows, draw_windows
+from quantize.options import STEPS, QuantizeOptions
 from quantize.recipe import Grid, QuantRecipe, check_grids, default_recipe, float_modules, targets
 from quantize.student import Student
 
@@ -29,8 +29,28 @@ if TYPE_CHECKING:
     import torch
 
     from quantize.grid import QuantizedTensor
+    from quantize.layers import LayerResult
 
 Named = Iterator[tuple[str, "torch.Tensor | QuantizedTensor"]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run's parts.
+
+    Attributes:
+        model: the float student.
+        grids: what goes on which grid, by module.
+        options: see `QuantizeOptions`.
+        calibration: windows for solving, or None for rtn.
+        training: windows for training, or None where the method does not train.
+    """
+
+    model: Student
+    grids: dict[str, Grid]
+    options: QuantizeOptions
+    calibration: Calibration | None
+    training: Calibration | None
 
 
 def run_quantize(
@@ -62,6 +82,11 @@ def run_quantize(
         check_grids(model.shape, grids)
         tokenizer = load_tokenizer(student, model.shape.vocab_size)
         calibration = None if options.method == "rtn" else _calibration(data, tokenizer, options, model)
+        training = (
+            draw_training_windows(data, tokenizer, options, model.shape.max_positions)
+            if options.method in STEPS
+            else None
+        )
         require_space(out, 2 * model.shape.num_parameters)
         if model.padding:
             say(
@@ -69,14 +94,16 @@ def run_quantize(
                 f"{model.shape.intermediate_size} with zero neurons (exact), so that groups of "
                 f"{options.group_size} fit"
             )
+        job = Job(model, grids, options, calibration, training)
         with staged_folder(out, force=force) as folder:
-            results = _write(model, folder, grids, options, calibration)
+            results = _write(job, folder)
             copy_tokenizer(student, folder)
+            record = {**calibration.record} if calibration else {}
             manifest = Manifest(
                 kind="int4",
                 inputs={"student": input_entry(student)},
                 recipe={**asdict(options), "rules": recipe.describe()},
-                data=calibration.record if calibration else {},
+                data={**record, "training": training.record} if training else record,
                 results=results,
                 shape=asdict(model.shape),
             )
@@ -93,77 +120,86 @@ def _calibration(data: Sequence[Path], tokenizer: Any, options: QuantizeOptions,
     return draw_windows(data, tokenizer, options, model.shape.max_positions)
 
 
-def _write(
-    model: Student, folder: Path, grids: dict[str, Grid], options: QuantizeOptions, calibration: Calibration | None
-) -> dict[str, Any]:
+def _write(job: Job, folder: Path) -> dict[str, Any]:
     """Solve and write all tensors; gives the manifest's results."""
     from quantize.packed import quantization_config, write_int4
 
-    errors: dict[str, float] = {}
+    done: list[LayerResult] = []
     start = time.monotonic()
-    config = {**model.config, "quantization_config": quantization_config(*targets(model.shape, grids))}
-    with track("quantize", model.shape.num_layers, "layers") as bar:
-        write_int4(folder, config, _tensors(model, grids, options, calibration, errors, bar))
+    shape, grids = job.model.shape, job.grids
+    config = {**job.model.config, "quantization_config": quantization_config(*targets(shape, grids))}
+    results: dict[str, Any] = {}
+    write_int4(folder, config, _trained(job, done, results) if job.training else _streamed(job, done))
+    errors = {name: value for layer in done for name, value in layer.error.items()}
+    before = {name: value for layer in done for name, value in layer.rounding_error.items()}
     return {
         "relative_error": errors,
+        "rounding_error": before,
         "mean_relative_error": sum(errors.values()) / max(len(errors), 1),
-        "padding": model.padding,
-        "float_modules": float_modules(model.shape, grids),
+        **results,
+        "padding": job.model.padding,
+        "float_modules": float_modules(shape, grids),
         "seconds": round(time.monotonic() - start, 2),
     }
 
 
-def _tensors(
-    model: Student,
-    grids: dict[str, Grid],
-    options: QuantizeOptions,
-    calibration: Calibration | None,
-    errors: dict[str, float],
-    bar: Track,
-) -> Named:
-    """Every tensor of the int4 folder: what lies outside the layers, then layer by layer."""
+def _outside_layers(job: Job) -> Named:
+    """The tensors that belong to no layer."""
     from quantize.rtn import round_to_nearest
 
-    for name in weight_shapes(model.shape):
-        if name.startswith("model.layers."):
-            continue
-        tensor, module = model.tensor(name), name.removesuffix(".weight")
-        yield name, round_to_nearest(tensor, grids[module]) if module in grids else tensor
-    solved = _solved_layers(model, grids, options, calibration)
-    for layer, (weights, layer_errors) in enumerate(solved):
+    for name in weight_shapes(job.model.shape):
+        if not name.startswith("model.layers."):
+            tensor, module = job.model.tensor(name), name.removesuffix(".weight")
+            yield name, round_to_nearest(tensor, job.grids[module]) if module in job.grids else tensor
+
+
+def _streamed(job: Job, done: list[LayerResult]) -> Named:
+    """Every tensor of the int4 folder, each layer's as soon as it is solved."""
+    yield from _outside_layers(job)
+    for layer, result in enumerate(_solved_layers(job)):
         prefix = layer_prefix(layer)
-        for name in weight_shapes(model.shape):
+        for name in weight_shapes(job.model.shape):
             if name.startswith(prefix):
                 module = name.removesuffix(".weight")
-                yield name, weights[module] if module in weights else model.tensor(name)
-        errors.update(layer_errors)
-        worst = max(layer_errors.values(), default=0.0)
-        bar.advance(note=f"worst relative error {worst:.2%}")
+                yield name, result.weights[module] if module in result.weights else job.model.tensor(name)
+        result.weights.clear()
+        done.append(result)
 
 
-def _solved_layers(
-    model: Student, grids: dict[str, Grid], options: QuantizeOptions, calibration: Calibration | None
-) -> Iterator[tuple[dict[str, QuantizedTensor], dict[str, float]]]:
-    """Per layer, its modules on the grid and the relative error of each."""
-    if calibration is None:
-        yield from _rounded_layers(model, grids)
-        return
-    from quantize.sequential import calibrated_layers
+def _trained(job: Job, done: list[LayerResult], results: dict[str, Any]) -> Named:
+    """Every tensor of the int4 folder, after all layers were solved and trained together."""
+    import torch
 
-    yield from calibrated_layers(model, grids, options, calibration)
+    from quantize.recover import recover
+
+    assert job.training is not None
+    done.extend(_solved_layers(job))
+    start = {name: tensor for layer in done for name, tensor in layer.weights.items()}
+    windows = [torch.from_numpy(window) for window in job.training.windows.ids]
+    found = recover(job.model, start, windows, job.training.record["steps"], job.options)
+    results.update(kl_before_training=found.kl_before, kl_after_training=found.kl_after)
+    for name, tensor in _outside_layers(job):
+        yield name, found.norms.get(name, tensor)
+    for name in weight_shapes(job.model.shape):
+        if name.startswith("model.layers."):
+            module = name.removesuffix(".weight")
+            if module in found.weights:
+                yield name, found.weights[module]
+            else:
+                yield name, found.norms[name] if name in found.norms else job.model.tensor(name)
 
 
-def _rounded_layers(
-    model: Student, grids: dict[str, Grid]
-) -> Iterator[tuple[dict[str, QuantizedTensor], dict[str, float]]]:
-    from quantize.rtn import round_to_nearest
+def _solved_layers(job: Job) -> Iterator[LayerResult]:
+    """Layer after layer on the grid, with progress."""
+    if job.calibration is None:
+        from quantize.rtn import rounded_layers
 
-    for layer in range(model.shape.num_layers):
-        weights, errors = {}, {}
-        for module, grid in grids.items():
-            if module.startswith(layer_prefix(layer)):
-                weight_NK = model.tensor(module + ".weight").float()
-                weights[module] = round_to_nearest(weight_NK, grid)
-                lost = (weights[module].dequantize() - weight_NK).square().sum()
-                errors[module] = float(lost / weight_NK.square().sum().clamp_min(1e-30))
-        yield weights, errors
+        layers = rounded_layers(job.model, job.grids)
+    else:
+        from quantize.sequential import calibrated_layers
+
+        layers = calibrated_layers(job.model, job.grids, job.options, job.calibration)
+    with track("quantize", job.model.shape.num_layers, "layers") as bar:
+        for result in layers:
+            bar.advance(note=f"worst relative error {max(result.error.values(), default=0.0):.2%}")
+            yield result

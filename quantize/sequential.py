@@ -1,26 +1,30 @@
 """Layer by layer through the network with calibration text: each linear is solved on the inputs it will really see.
 
-Within a layer the linears that share an input (q, k and v; gate and up) are solved together, then the layer is
-run again with them on the grid to find what the next ones see.
+Two streams of hidden states run side by side, the float network's and the quantized one's. Within a layer the
+linears that share an input (q, k and v; gate and up) are solved together, then the layer is run again with them
+on the grid to find what the next ones see.
 
-Legend: N output channels, K input channels, M positions.
+Legend: N output channels, K input channels, D hidden width, M positions.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nano.errors import WorkError
-from nano.families import layer_prefix
+from nano.families import family_of, layer_prefix
 from quantize.calibrate import Calibration
-from quantize.gptq import Curvature, gptq, relative_error
-from quantize.grid import QuantizedTensor
-from quantize.layers import Hidden, advance, embed, linear_inputs, load_layer
+from quantize.gptq import Curvature, correct, curvature, gptq, relative_error
+from quantize.grid import QuantizedTensor, round_to_codes
+from quantize.layers import Hidden, LayerResult, advance, embed, linear_inputs, load_layer
 from quantize.options import QuantizeOptions
 from quantize.recipe import Grid
+from quantize.scales import search_scales
 from quantize.student import Student
 
 SHARED_INPUTS = (
@@ -31,46 +35,120 @@ SHARED_INPUTS = (
 )
 """A layer's linears in the order of data flow, those with one input together."""
 
+WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+"""Linears whose output is added to the residual stream as it is (in families without post norms)."""
+
+
+@dataclass
+class Moments:
+    """Means over calibration positions of what one linear input is and should be.
+
+    Attributes:
+        input_KK: x x^T of the quantized stream's inputs x.
+        drift_KK: (f - x) x^T, f the float stream's inputs.
+        residual_DK: (float residual - quantized residual) x^T, for writers.
+    """
+
+    input_KK: torch.Tensor
+    drift_KK: torch.Tensor
+    residual_DK: torch.Tensor | None
+    positions: int = 0
+
+    def add(self, x_MK: torch.Tensor, float_MK: torch.Tensor, residual_MD: torch.Tensor | None) -> None:
+        """Take some positions."""
+        self.input_KK.addmm_(x_MK.T, x_MK)
+        self.drift_KK.addmm_((float_MK - x_MK).T, x_MK)
+        if self.residual_DK is not None and residual_MD is not None:
+            self.residual_DK.addmm_(residual_MD.T, x_MK)
+        self.positions += x_MK.shape[0]
+
+    def mean(self) -> Moments:
+        """Per position."""
+        count = max(self.positions, 1)
+        residual_DK = None if self.residual_DK is None else self.residual_DK / count
+        return Moments(self.input_KK / count, self.drift_KK / count, residual_DK, count)
+
+    def missing(self, weight_NK: torch.Tensor) -> torch.Tensor:
+        """(wanted output - this weight's output on the real inputs) x^T."""
+        missing_NK = weight_NK @ self.drift_KK
+        return missing_NK if self.residual_DK is None else missing_NK + self.residual_DK
+
 
 def calibrated_layers(
     student: Student, grids: dict[str, Grid], options: QuantizeOptions, calibration: Calibration
-) -> Iterator[tuple[dict[str, QuantizedTensor], dict[str, float]]]:
-    """Per layer, its modules on the grid and each one's relative output error on the calibration text.
+) -> Iterator[LayerResult]:
+    """Solve layer after layer.
 
     Raises:
-        WorkError: hidden states stop being finite.
+        WorkError: hidden states stop being finite, or a layer's inputs cannot be solved for.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    hidden = embed(student, [torch.from_numpy(window) for window in calibration.windows.ids])
+    reference = embed(student, [torch.from_numpy(window) for window in calibration.windows.ids])
+    hidden = copy.deepcopy(reference)
     for layer in range(student.shape.num_layers):
-        model = load_layer(student, layer, device)
-        weights: dict[str, QuantizedTensor] = {}
-        errors: dict[str, float] = {}
+        float_model, model = load_layer(student, layer, device), load_layer(student, layer, device)
+        result = LayerResult()
         for together in SHARED_INPUTS:
             modules = [name for name in together if layer_prefix(layer) + name in grids]
-            if not modules:
-                continue
-            hessian_KK = curvature(model, modules[0], hidden, device)
-            for name in modules:
-                full, linear = layer_prefix(layer) + name, model.layers[0].get_submodule(name)
-                weights[full] = gptq(linear.weight, hessian_KK, grids[full], options.damping)
-                solved_NK = weights[full].dequantize()
-                errors[full] = relative_error(linear.weight, solved_NK, hessian_KK)
-                linear.weight.data = solved_NK
-        advance(model, hidden, device)
-        if not bool(torch.isfinite(hidden.x_STD).all()):
-            raise WorkError(
-                f"Layer {layer} gives numbers that are not finite on the calibration text.",
-                found="NaN or infinity in its output",
-                todo="check that the float model itself works on this text (nanokit evaluate)",
-            )
-        yield weights, errors
+            if modules:
+                moments = measure(model, float_model, modules[0], hidden, reference, student, device)
+                solve = curvature(moments.input_KK, options.damping)
+                for name in modules:
+                    full = layer_prefix(layer) + name
+                    _solve_linear(model.layers[0].get_submodule(name), full, moments, solve, grids[full], result)
+        for states, layer_model in ((hidden, model), (reference, float_model)):
+            advance(layer_model, states, device)
+        _check_finite(layer, hidden)
+        yield result
 
 
-def curvature(model: Any, linear: str, hidden: Hidden, device: torch.device) -> torch.Tensor:
-    """Mean x x^T (K, K) of what a linear of the layer sees."""
+def _solve_linear(linear: Any, name: str, moments: Moments, solve: Curvature, grid: Grid, result: LayerResult) -> None:
+    """Put one linear of the running layer on the grid and note what was lost."""
+    weight_NK = linear.weight.detach()
+    target_NK = correct(weight_NK, moments.missing(weight_NK), solve)
+    solved = gptq(target_NK, solve, grid)
+    scale_NG = search_scales(target_NK, grid.group_size, grid.bits)
+    codes_NK = round_to_codes(target_NK, scale_NG, grid.group_size, grid.bits)
+    rounded = QuantizedTensor(codes_NK, scale_NG, grid.group_size, grid.bits)
+    result.error[name] = relative_error(weight_NK, target_NK, solved.dequantize(), solve)
+    result.rounding_error[name] = relative_error(weight_NK, target_NK, rounded.dequantize(), solve)
+    result.weights[name] = QuantizedTensor(solved.codes_NK.cpu(), solved.scale_NG.cpu(), solved.group_size, solved.bits)
+    linear.weight.data = solved.dequantize()
+
+
+@torch.no_grad()
+def measure(
+    model: Any,
+    float_model: Any,
+    linear: str,
+    hidden: Hidden,
+    reference: Hidden,
+    student: Student,
+    device: torch.device,
+) -> Moments:
+    """Run both streams up to one linear of the layer and gather its moments."""
     columns = model.layers[0].get_submodule(linear).in_features
-    total = Curvature.zeros(columns, device)
-    for _part, x_bTK, valid_bT in linear_inputs(model, linear, hidden, device):
-        total.add(x_bTK[valid_bT.to(x_bTK.device)])
+    writes = linear in WRITERS and not family_of(student.shape.family).post_norms
+    width = student.shape.hidden_size
+    total = Moments(
+        torch.zeros(columns, columns, device=device),
+        torch.zeros(columns, columns, device=device),
+        torch.zeros(width, columns, device=device) if writes else None,
+    )
+    pairs = zip(
+        linear_inputs(model, linear, hidden, device), linear_inputs(float_model, linear, reference, device), strict=True
+    )
+    for ours, theirs in pairs:
+        valid_bT = ours.valid_bT.to(device)
+        residual_MD = (theirs.residual_bTD - ours.residual_bTD)[valid_bT] if writes else None
+        total.add(ours.x_bTK[valid_bT], theirs.x_bTK[valid_bT], residual_MD)
     return total.mean()
+
+
+def _check_finite(layer: int, hidden: Hidden) -> None:
+    if not bool(torch.isfinite(hidden.x_STD).all()):
+        raise WorkError(
+            f"Layer {layer} gives numbers that are not finite on the calibration text.",
+            found="NaN or infinity in its output",
+            todo="check that the float model itself works on this text (nanokit evaluate)",
+        )

@@ -38,13 +38,15 @@ def test_streamed_layers_equal_the_whole_model(family: str, tiny_model: Callable
 def test_linear_inputs_are_what_the_linear_sees(tiny_model: Callable[..., Path]) -> None:
     folder = tiny_model("llama")
     windows = [torch.randint(3, 300, (length,)) for length in (12, 9)]
-    whole, seen = load_float(folder), []
+    whole, seen, residuals = load_float(folder), [], []
+    whole.model.layers[0].post_attention_layernorm.register_forward_pre_hook(lambda _m, args: residuals.append(args[0]))
     whole.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     with Student(folder, 32) as student, torch.no_grad():
         model = load_layer(student, 0)
         hidden = embed(student, windows)
-        ((_part, x_bTK, valid_bT),) = linear_inputs(model, "mlp.down_proj", hidden, CPU)
+        (found,) = linear_inputs(model, "mlp.down_proj", hidden, CPU)
         for index, window in enumerate(windows):
             whole(window[None])
-            assert int(valid_bT[index].sum()) == len(window)
-            assert torch.allclose(x_bTK[index, : len(window)], seen[-1][0], atol=1e-5)
+            assert int(found.valid_bT[index].sum()) == len(window)
+            assert torch.allclose(found.x_bTK[index, : len(window)], seen[-1][0], atol=1e-5)
+            assert torch.allclose(found.residual_bTD[index, : len(window)], residuals[-1][0], atol=1e-5)
