@@ -6,7 +6,8 @@ every layer of every model: it says how many codes a weight may move a step. Sca
 scale goes through bfloat16 in every forward pass, so what is trained is what the phone computes.
 
 The loss is the KL divergence from the float model's next-token distribution. Start from a solved grid (GPTQ):
-each u begins in the middle of its code. A held-back part of the text decides whether the result is kept.
+each u begins within its code, on the side where the float weight lies (`LEAN`), so that the weights whose rounding
+was a near thing are the first to be decided anew. A held-back part of the text decides whether the result is kept.
 
 Legend: B windows, T positions, V vocabulary, N output channels, K input channels, G groups, g group size.
 """
@@ -29,6 +30,11 @@ from quantize.student import Student
 
 LOGITS_AT_ONCE = 1 << 26
 """Numbers of logits in one forward pass; larger batches are accumulated in parts."""
+
+LEAN = 0.8
+"""How far from the middle of its code towards the float weight a u begins. In the middle (0) no weight can change
+its code for the first tens of steps and then all do at once: KL 0.0305 against 0.0289 after 160 steps on stories260K.
+"""
 
 WARMUP_STEPS = 20
 BETAS = (0.9, 0.99)
@@ -64,11 +70,14 @@ class GridLinear(torch.nn.Module):
         log_scale_NG: natural logarithm of each scale.
     """
 
-    def __init__(self, start: QuantizedTensor) -> None:
+    def __init__(self, start: QuantizedTensor, weight_NK: torch.Tensor) -> None:
         super().__init__()
         self.bits, self.group_size = start.bits, start.group_size
         n, k = start.codes_NK.shape
-        self.u_NGg = torch.nn.Parameter(start.codes_NK.float().view(n, k // start.group_size, start.group_size))
+        codes_NGg = start.codes_NK.float().view(n, k // start.group_size, start.group_size)
+        float_NGg = weight_NK.float().view_as(codes_NGg) / start.scale_NG[..., None]
+        lean_NGg = LEAN * (float_NGg - codes_NGg).clamp(-0.5, 0.5)
+        self.u_NGg = torch.nn.Parameter(codes_NGg + lean_NGg)
         self.log_scale_NG = torch.nn.Parameter(start.scale_NG.log())
 
     def forward(self, x_K: torch.Tensor) -> torch.Tensor:
@@ -119,7 +128,8 @@ def recover(
     teacher, model = (_whole_model(student).to(device) for _ in range(2))
     for name, quantized in start.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, GridLinear(quantized).to(device))
+        weight_NK = model.get_submodule(name).weight.cpu()
+        setattr(model.get_submodule(parent), leaf, GridLinear(quantized, weight_NK).to(device))
     held_back = max(1, min(32, len(windows) // 10))
     training, judging = list(windows[:-held_back]) or list(windows), list(windows[-held_back:])
     norms = {name: p for name, p in model.named_parameters() if name.endswith("norm.weight")}
