@@ -9,16 +9,19 @@ Legend: T positions of a call, V vocabulary, D hidden width, K input channels.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.executorch_file import MODEL
 from export.onnx_data import grid_of
 from export.options import ExportOptions
+from export.silence import silenced
 from nano.errors import UnsupportedError
 from nano.families import EMBEDDING, HEAD, linear_names
 from nano.progress import Track, track
 from nano.shapes import ModelShape
+from nano.tokens import FILE as TOKENIZER
 from nano.tokens import TextTokenizer
 from quantize.packed import SCALE, ZERO, Int4Checkpoint
 
@@ -52,14 +55,14 @@ def write_pte(
     check_executorch(checkpoint, options)
     from export.arithmetic import resolve_context
     from export.executorch_facts import describe
-    from export.executorch_lower import load_toolchain, silenced
+    from export.executorch_lower import load_toolchain
     from export.executorch_model import CachePlan
 
     context = resolve_context(checkpoint.shape, options.context)
     plan = CachePlan.of(checkpoint.shape, context, min(options.chunk, context))
     last_only = options.logits == "last"
     methods = metadata_methods(checkpoint.shape, plan, tokenizer)
-    with silenced():
+    with silenced(our_words=True):
         load_toolchain()
         with track("export", checkpoint.shape.num_layers + 6, "steps") as progress:
             _write(checkpoint, folder / MODEL, plan, methods, last_only, progress)
@@ -167,3 +170,25 @@ def metadata_methods(shape: ModelShape, plan: CachePlan, tokenizer: TextTokenize
     if tokenizer.bos_id is not None:
         methods["get_bos_id"] = tokenizer.bos_id
     return methods
+
+
+def adapt_tokenizer(folder: Path) -> bool:
+    """Make a bundle's tokenizer.json decode well token by token, as ExecuTorch's C++ runner does.
+
+    Decoders in SentencePiece's manner end with a Strip of the text's first space. The runner applies it to every
+    token, so all spaces vanish ("namedLily.Shelovedtoplay"). Without that step only a whole text's first space
+    is kept; ids are not touched.
+
+    Returns:
+        Whether there was such a step.
+    """
+    path = folder / TOKENIZER
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    decoder = tokenizer.get("decoder") or {}
+    steps = decoder.get("decoders", [])
+    kept = [step for step in steps if not (step.get("type") == "Strip" and step.get("start", 0) > 0)]
+    if len(kept) == len(steps):
+        return False
+    decoder["decoders"] = kept
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")
+    return True

@@ -11,18 +11,13 @@ Legend: T positions of a call, D hidden width, H query heads, G key/value heads,
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import sys
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TextIO
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from export.silence import silenced
 from nano.errors import WorkError, require_module
 from nano.shapes import ModelShape
 
@@ -30,40 +25,6 @@ XNNPACK = "XnnpackBackend"
 LINEARS_ONLY = "dqlinear_partitioner"
 """Compile spec under which XNNPACK's preprocessing runs its linear pass alone: the others rewrite convolutions,
 upsampling and copies, of which a decoder's part has none, and cost 95% of the time."""
-
-
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """Keep the toolchain's chatter off the screen: Python's logging and warnings, and what C++ writes to stderr.
-
-    `sys.stderr` goes on working meanwhile, so our own progress is seen.
-    """
-    sys.stderr.flush()
-    real, kept = sys.stderr, os.dup(2)
-    own = _is_file_two(real)
-    threshold = logging.root.manager.disable
-    with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.ERROR)
-        if own:
-            sys.stderr = os.fdopen(os.dup(kept), "w", buffering=1, encoding=real.encoding, errors="backslashreplace")
-        os.dup2(sink.fileno(), 2)
-        try:
-            yield
-        finally:
-            if own:
-                sys.stderr.close()
-                sys.stderr = real
-            os.dup2(kept, 2)
-            os.close(kept)
-            logging.disable(threshold)
-
-
-def _is_file_two(stream: TextIO) -> bool:
-    try:
-        return stream.fileno() == 2
-    except (OSError, ValueError):
-        return False
 
 
 def load_toolchain() -> None:

@@ -191,7 +191,8 @@ class AfterAttention(nn.Module):
         x_1TD = x_1TD + self.post_attention_norm(self.o_proj(attention_1THA.view(1, -1, self.width)))
         h_1TD = self.norm(x_1TD)
         h_1TF = self.activation(self.gate_proj(h_1TD)) * self.up_proj(h_1TD)
-        return x_1TD + self.post_mlp_norm(self.down_proj(h_1TF))
+        out_1TD: torch.Tensor = x_1TD + self.post_mlp_norm(self.down_proj(h_1TF))
+        return out_1TD
 
 
 class Head(nn.Module):

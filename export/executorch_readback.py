@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from export.executorch_file import MODEL, check_whole
+from export.silence import silenced
 from nano.errors import BadFileError, require_module
 from nano.families import EMBEDDING, HEAD, LAYER_LINEARS, layer_prefix
 from quantize.grid import QuantizedTensor
@@ -212,8 +213,6 @@ class PteFile:
 @contextmanager
 def open_pte(folder: Path) -> Iterator[PteFile]:
     """A bundle's program, mapped while the block runs."""
-    from export.executorch_lower import silenced
-
     check_whole(folder)
     with (folder / MODEL).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         with silenced():

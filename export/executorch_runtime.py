@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from export.executorch_file import MODEL, check_whole
+from export.silence import silenced
 from nano.errors import BadFileError, RequestError, require_module
 from nano.lm import Activations, Logits
+from nano.tokens import FILE as TOKENIZER
 from nano.tokens import TextTokenizer, load_tokenizer
 
 
@@ -103,8 +105,6 @@ def open_executorch(folder: Path) -> ExecutorchModel:
         BadFileError: a file is missing, truncated or not a program of ours.
         MissingExtraError: executorch is not installed.
     """
-    from export.executorch_lower import silenced
-
     check_whole(folder)
     with silenced():
         runtime = require_module("executorch.runtime", "executorch")
@@ -113,6 +113,39 @@ def open_executorch(folder: Path) -> ExecutorchModel:
         try:
             program = runtime.Runtime.get().load_program(folder / MODEL)
             model = ExecutorchModel(program, load_tokenizer(folder))
+            model.prefill([0])  # the first call starts the thread pool, which talks; the next prefill forgets it
         except RuntimeError as error:
             raise BadFileError("ExecuTorch cannot read this bundle.", found=f"{folder / MODEL}: {error}") from None
     return model
+
+
+def run_llm_runner(folder: Path, prompt: str, max_new_tokens: int) -> str:
+    """Continue a prompt greedily with ExecuTorch's C++ `TextLLMRunner`: its tokenizer, prefill and sampling loop.
+
+    This is the code behind `LlmModule` on Android and iOS, so it shows that they take the bundle as it is.
+
+    Returns:
+        The new text alone.
+
+    Raises:
+        BadFileError: the bundle is not whole, or the runner cannot read it.
+        MissingExtraError: executorch is not installed.
+    """
+    check_whole(folder)
+    tokenizer = load_tokenizer(folder)
+    pieces: list[str] = []
+    with silenced():
+        runner = require_module("executorch.extension.llm.runner", "executorch")
+        try:
+            loaded = runner.TextLLMRunner(str(folder / MODEL), str(folder / TOKENIZER))
+            config = runner.GenerationConfig(
+                echo=False,
+                max_new_tokens=max_new_tokens,
+                temperature=0.0,
+                num_bos=0 if tokenizer.bos_id is None else 1,
+                num_eos=0,
+            )
+            loaded.generate(prompt, config, token_callback=pieces.append)
+        except RuntimeError as error:
+            raise BadFileError("ExecuTorch's runner cannot run this bundle.", found=f"{folder}: {error}") from None
+    return "".join(pieces)

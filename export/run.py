@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from export.bundle import Format, compare_codes, require_exact, writer
+from export.executorch import adapt_tokenizer
 from export.options import ExportOptions
 from nano.corpus import describe_data
 from nano.folder import check_output, require_space, staged_folder
@@ -48,6 +49,8 @@ def run_export(
         with staged_folder(out, force=force) as folder:
             facts = write(checkpoint, folder, options, tokenizer)
             copy_tokenizer(int4, folder)
+            if format == "executorch":
+                adapt_tokenizer(folder)
             exactness = compare_codes(folder, format, checkpoint)
             require_exact(exactness)
             say(f"read back: {exactness.codes:,} codes of {exactness.modules} modules equal the checkpoint's")
