@@ -70,7 +70,9 @@ def new_model(config: Mapping[str, Any], seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = AutoConfig.for_model(config["model_type"], **settings)
-        return AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            made, dtype=torch.float32
+        ).eval()  # no dropout, whatever the config says
 
 
 def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:

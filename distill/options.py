@@ -38,7 +38,7 @@ class DistillOptions:
     """
 
     steps: int = 400
-    batch: int = 16
+    batch: int = 8
     micro_batch: int = 0
     length: int = 256
     learning_rate: float = 0.0
@@ -47,7 +47,7 @@ class DistillOptions:
     weight_decay: float = 0.01
     clip: float = 1.0
     temperature: float = 1.0
-    kd: float = 1.0
+    kd: float = 0.8
     layers: Literal["damage", "influence"] = "damage"
     refit: bool = True
     start: Literal["pruned", "random"] = "pruned"

@@ -115,7 +115,7 @@ def run_distill(
     state = StateFolder(checkpoint_folder(out))
     resuming = _may_resume(state, job, resume)
     parameters = job.shape.num_parameters
-    require_space(out, 4 * parameters * (4 if options.steps else 1))
+    require_space(out, 4 * parameters * (7 if options.steps else 1))  # two states of three floats, and the student
     try:
         return work(job, state, out, resuming, force)
     finally:

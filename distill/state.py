@@ -106,13 +106,15 @@ class StateFolder:
             beside.unlink(missing_ok=True)
             if not is_no_space(error):
                 raise
-            raise NoSpaceError(
-                f"The disk is full: the state after step {step} could not be kept.",
-                found=f"{self.folder}: {error}",
-                todo="free some space, then run the same command with --resume: it goes on from the last state kept"
-                if self.exists()
-                else "free some space, or choose another --out",
-            ) from None
+            raise self._full(f"the state after step {step} could not be kept", error) from None
+
+    def _full(self, what: str, error: Exception) -> NoSpaceError:
+        kept = "free some space, then run the same command with --resume: it goes on from the last state kept"
+        return NoSpaceError(
+            f"The disk is full: {what}.",
+            found=f"{self.folder}: {error}",
+            todo=kept if self.exists() else "free some space, or choose another --out",
+        )
 
     def restore(self, model: Any, optimizer: torch.optim.AdamW) -> None:
         """Put the saved weights and moments back, bit for bit."""
@@ -142,8 +144,13 @@ class StateFolder:
 
     def note(self, record: Mapping[str, Any]) -> None:
         """One more line of metrics.jsonl."""
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            if not is_no_space(error):
+                raise
+            raise self._full("what a step measured could not be noted", error) from None
 
 
 class Interruption:

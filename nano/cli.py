@@ -34,6 +34,7 @@ app = App(
     help="Make phone artifacts of a language model: distil, quantize to int4, export, check.",
     version=__version__,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # else cyclopts leaves silently: run() says what an interruption left
     help_format="plaintext",  # markdown costs 40 ms of imports
 )
 for _name, (_target, _help) in COMMANDS.items():

@@ -26,8 +26,13 @@ def arguments(seed: int = 0, scale: float = 1.0) -> tuple[torch.Tensor, ...]:
 
 
 def plain(
-    hidden: torch.Tensor, head: torch.Tensor, t_hidden: torch.Tensor, t_head: torch.Tensor, target: torch.Tensor, mix: Mix
-) -> torch.Tensor:  # fmt: skip
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    t_hidden: torch.Tensor,
+    t_head: torch.Tensor,
+    target: torch.Tensor,
+    mix: Mix,
+) -> torch.Tensor:
     """The definition, with all logits at once and in float64, differentiated by autograd."""
     z, zt = hidden.double() @ head.double().T, t_hidden.double() @ t_head.double().T
     log_q, p = F.log_softmax(z / mix.temperature, -1), F.softmax(zt / mix.temperature, -1)
