@@ -230,6 +230,28 @@ def test_refit_is_the_ridge_regression() -> None:
     assert (x @ weight.T - x[:, kept] @ ours.T).norm() < 0.9 * plain_error
 
 
+def test_second_moments_are_those_of_the_inputs_that_count(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding left out, a layer skipped, one layer at a time: against activations recomputed by hand."""
+    teacher = Teacher(tiny_model("llama", tie_word_embeddings=False, num_hidden_layers=3), [*TEXTS, "short one"])
+    assert any(not batch.whole for batch in teacher.batches)
+    monkeypatch.setattr("distill.refit.GRAM_BYTES", 1)
+    refit, seen = Refit(teacher.model, teacher.shape, teacher.batches, [1]), []
+    reference = load_float(teacher.folder)
+    reference.model.layers = torch.nn.ModuleList([reference.model.layers[0], reference.model.layers[2]])
+    reference.config.num_hidden_layers = 2
+    last = reference.model.layers[1].mlp.down_proj
+    last.register_forward_pre_hook(lambda _m, x: seen.append(x[0].flatten(0, 1)))
+    with torch.inference_mode():
+        finals = [hidden_states(reference, teacher.shape, batch) for batch in teacher.batches]
+    inputs = [x[batch.real_N] for x, batch in zip(seen, teacher.batches, strict=True)]
+    for module, expected in (("model.layers.2.mlp.down_proj", inputs), ("lm_head", finals)):
+        x = torch.cat(expected)
+        weight, kept = torch.randn(7, x.shape[1]), torch.arange(0, x.shape[1], 2)
+        torch.testing.assert_close(refit(module, weight, kept), solve(weight, kept, x.T @ x), rtol=1e-3, atol=1e-4)
+
+
 def test_refit_brings_the_cut_nearer_to_the_teacher(real: Teacher) -> None:
     shape = real.shape.resized(intermediate_size=96, num_heads=4, num_kv_heads=2)
     teacher = torch.log_softmax(real.logits(real.model), -1)
