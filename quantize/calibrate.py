@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from nano.corpus import Windows, describe_data, read_documents, sample_windows
-from nano.errors import RequestError
 from nano.progress import warn
 from nano.tokens import TextTokenizer
 from quantize.options import STEPS, QuantizeOptions
@@ -36,14 +35,8 @@ def draw_windows(
 
     Raises:
         BadFileError: a file is missing, empty or not text.
-        RequestError: the options or the text do not allow one window.
+        RequestError: the text does not give one window.
     """
-    if options.samples < 1 or options.length < 8:
-        raise RequestError(
-            "That is too little calibration text to work with.",
-            found=f"{options.samples} samples of {options.length} tokens",
-            expected="at least 1 sample of 8 tokens",
-        )
     length = min(options.length, max_positions)
     if length < options.length:
         warn(f"windows are cut to the model's {max_positions} positions (--length {options.length} was asked for)")

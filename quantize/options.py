@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nano.errors import RequestError
+
 Method = Literal["rtn", "gptq", "best", "recover"]
 
 STEPS = {"best": 240, "recover": 2000}
@@ -41,3 +43,22 @@ class QuantizeOptions:
     batch: int = 16
     window: int = 128
     learning_rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        wrong = {
+            "--samples": self.samples < 1,
+            "--length": self.length < 8,
+            "--damping": self.damping < 0,
+            "--steps": self.steps < 0,
+            "--batch": self.batch < 1,
+            "--window": self.window < 8,
+            "--learning-rate": self.learning_rate <= 0,
+        }
+        found = [name for name, bad in wrong.items() if bad]
+        if found:
+            raise RequestError(
+                "A number for quantize makes no sense.",
+                found=f"{found[0]} {getattr(self, found[0][2:].replace('-', '_'))}",
+                expected="samples and batch of 1 or more, windows of 8 tokens or more, a positive learning rate, "
+                "damping and steps of 0 or more",
+            )

@@ -8,6 +8,7 @@ Legend: N output channels, K input channels.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nano.errors import RequestError
 from nano.families import layer_prefix, weight_shapes
-from nano.folder import check_output, require_space, staged_folder
+from nano.folder import check_output, human_bytes, require_space, staged_folder
 from nano.manifest import Manifest, input_entry, write_manifest
 from nano.progress import say, track
 from nano.tokens import copy_tokenizer, load_tokenizer
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
     from quantize.grid import QuantizedTensor
     from quantize.layers import LayerResult
+
+TRAINING_BYTES = 24
+"""A parameter's share of memory in training, float32: float original, forward weight, its gradient and u's, and
+Adam's two moments."""
 
 Named = Iterator[tuple[str, "torch.Tensor | QuantizedTensor"]]
 
@@ -82,6 +87,8 @@ def run_quantize(
         check_grids(model.shape, grids)
         tokenizer = load_tokenizer(student, model.shape.vocab_size)
         calibration = None if options.method == "rtn" else _calibration(data, tokenizer, options, model)
+        if options.method in STEPS:
+            _check_memory(model)
         training = (
             draw_training_windows(data, tokenizer, options, model.shape.max_positions)
             if options.method in STEPS
@@ -108,6 +115,28 @@ def run_quantize(
                 shape=asdict(model.shape),
             )
             return write_manifest(folder, manifest)
+
+
+def _check_memory(model: Student) -> None:
+    """Refuse to train what the memory cannot hold: the solving methods need one layer of it, training all.
+
+    Raises:
+        RequestError: says how much is needed and what to do.
+    """
+    import torch
+
+    needed = TRAINING_BYTES * model.shape.num_parameters
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        raise RequestError(
+            "This machine's memory cannot hold the training of a model of this size.",
+            found=f"{human_bytes(free)}",
+            expected=f"about {human_bytes(needed)} ({TRAINING_BYTES} bytes a parameter)",
+            todo="use --method gptq, which holds one layer at a time, or a machine with more memory",
+        )
 
 
 def _calibration(data: Sequence[Path], tokenizer: Any, options: QuantizeOptions, model: Student) -> Calibration:

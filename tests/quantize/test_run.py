@@ -183,3 +183,21 @@ def test_the_command(tiny_model: Callable[..., Path], text: Path, tmp_path: Path
     assert again.status == 2
     assert "--force" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"samples": 0}, {"length": 4}, {"damping": -0.1}, {"steps": -1}, {"batch": 0}, {"learning_rate": 0.0}]
+)
+def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="--" + next(iter(wrong)).replace("_", "-")):
+        QuantizeOptions(**wrong)
+
+
+def test_training_that_memory_cannot_hold_is_refused_before_any_work(
+    tiny_model: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantize.run.TRAINING_BYTES", 1 << 40)
+    with pytest.raises(RequestError, match="--method gptq"):
+        run_quantize(tiny_model("llama"), [text], tmp_path / "out", QuantizeOptions("best", samples=8, length=48))
+    assert list(tmp_path.iterdir()) == []
+    run_quantize(tiny_model("llama"), [text], tmp_path / "out", SMALL)
