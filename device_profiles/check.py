@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from device_profiles.budget import Verdict, judge
@@ -32,9 +33,11 @@ def check_bundle(bundle: Path, profile: str | DeviceProfile, context: int | None
             expected=f"1 to {facts.context}, what it was exported with",
             todo="export again with a longer --context" if context > 0 else None,
         )
-    if facts.runtime == "executorch":
-        context = facts.context  # a .pte's cache has the size it was exported with, used or not
-    return judge(facts, device, context or facts.context)
+    if facts.runtime == "onnx" or context in (None, facts.context):
+        return judge(facts, device, context or facts.context)
+    verdict = judge(facts, device, facts.context)
+    note = f"a .pte keeps the cache it was exported with, {facts.context} positions, however few are used"
+    return replace(verdict, notes=(*verdict.notes, note))
 
 
 def bundle_facts(bundle: Path) -> BundleFacts:

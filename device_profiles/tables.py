@@ -154,7 +154,7 @@ def _cost_table(plan: Plan) -> Table:
 def _causes_table(verdict: Verdict) -> Table:
     facts, footprint = verdict.facts, verdict.footprint
     error = runtime_constants(facts.runtime).error
-    table = _table(f"Predicted memory, {facts.runtime}, context {verdict.context:,} (within {error:.0%} of measured)")
+    table = _table(f"Predicted memory, {facts.runtime}, context {verdict.context:,} (error up to {error:.1%})")
     table.add_column("cause", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column(f"of {decimal_bytes(_scale(verdict))}", width=BAR_WIDTH, no_wrap=True)

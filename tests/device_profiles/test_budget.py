@@ -145,7 +145,9 @@ def test_a_bundle_is_judged_by_its_manifest(bundle: Path) -> None:
 def test_a_pte_keeps_its_whole_cache_whatever_is_used(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps({**manifest, "kind": "executorch"}))
-    assert check_bundle(bundle, "low-end", 256).footprint == check_bundle(bundle, "low-end").footprint
+    verdict = check_bundle(bundle, "low-end", 256)
+    assert verdict.footprint == check_bundle(bundle, "low-end").footprint
+    assert any("1024 positions" in note for note in verdict.notes)
 
 
 def _delete(bundle: Path) -> None:
