@@ -9,7 +9,7 @@ from nano.errors import RequestError
 
 Method = Literal["rtn", "gptq", "best", "recover"]
 
-STEPS = {"best": 240, "recover": 2000}
+STEPS = {"best": 200, "recover": 2000}
 """Training steps of the methods that train, where none are asked for."""
 
 
@@ -27,7 +27,7 @@ class QuantizeOptions:
         length: tokens a calibration window holds.
         seed: which windows are drawn.
         damping: share of the mean curvature added to every input channel before the solve.
-        steps: training steps of best and recover; 0 means 240 for best, 2,000 for recover.
+        steps: training steps of best and recover; 0 means 200 for best, 2,000 for recover.
         batch: windows in a training step.
         window: tokens a training window holds.
         learning_rate: how far a weight may move in a training step, in codes.

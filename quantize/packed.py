@@ -38,14 +38,15 @@ def pack_codes(codes_NK: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_codes(words_NW: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
-    """int32 (N, W) back to int8 (N, K)."""
-    per_byte = 8 // bits
-    bytes_NB = words_NW.contiguous().view(torch.uint8)
-    unsigned_NK = torch.empty(bytes_NB.shape[0], bytes_NB.shape[1] * per_byte, dtype=torch.uint8)
-    for field in range(per_byte):
-        unsigned_NK[:, field::per_byte] = (bytes_NB >> (field * bits)) & ((1 << bits) - 1)
-    unsigned_NK -= 1 << (bits - 1)  # wraps below zero, as int8 reads it
-    return unsigned_NK.view(torch.int8)[:, :columns].contiguous()
+    """int32 (N, W) back to int8 (N, K), through bytes: nothing larger than the result is allocated."""
+    bytes_NB = words_NW.contiguous().view(torch.uint8)  # little-endian, so the lowest fields come first
+    if bits == 8:
+        return (bytes_NB[:, :columns] ^ 128).view(torch.int8)
+    fields_NB2 = torch.empty((*bytes_NB.shape, 2), dtype=torch.uint8)
+    torch.bitwise_and(bytes_NB, 15, out=fields_NB2[..., 0])
+    torch.bitwise_right_shift(bytes_NB, 4, out=fields_NB2[..., 1])
+    codes_NK = fields_NB2.view(torch.int8).flatten(-2).sub_(8)
+    return codes_NK if codes_NK.shape[1] == columns else codes_NK[:, :columns].contiguous()
 
 
 class Int4Checkpoint:
