@@ -46,7 +46,8 @@ def distill(
     json
         Print one JSON object on stdout; everything for people goes to stderr.
     """
-    from distill.run import check_request, run_distill
+    from distill.request import check_request
+    from distill.run import run_distill
     from nano.hub import resolve_model
     from nano.progress import emit_json
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from distill.importance import Importance
-from nano.errors import RequestError, UnsupportedError
+from nano.errors import RequestError
 from nano.families import EMBEDDING, FINAL_NORM, HEAD, LAYER_LINEARS, QK_NORMS, Family, family_of, layer_prefix
 from nano.shapes import FULL, SLIDING, ModelShape
 
@@ -77,37 +77,6 @@ class Cut:
         }
 
 
-def check_shapes(teacher: ModelShape, student: ModelShape) -> None:
-    """Whether a student of this shape can be cut from this teacher.
-
-    Raises:
-        RequestError: a dimension exceeds the teacher's, or layer kinds are wanted that the teacher has too few of.
-        UnsupportedError: another family, vocabulary or head width.
-    """
-    for name in ("family", "vocab_size", "head_dim", "tied"):
-        if getattr(student, name) != getattr(teacher, name):
-            raise UnsupportedError(
-                f"A student cut from its teacher's weights shares its {name}.",
-                found=f"{getattr(student, name)} for a teacher of {getattr(teacher, name)}",
-                todo="take the teacher's, or start at random (--start random)",
-            )
-    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-        if getattr(student, name) > getattr(teacher, name):
-            raise RequestError(
-                "The student exceeds its teacher, so it cannot be cut from its weights.",
-                found=f"{name} = {getattr(student, name)}",
-                expected=f"at most the teacher's {getattr(teacher, name)}",
-                todo="ask for a smaller student, or start at random (--start random)",
-            )
-    for kind in (FULL, SLIDING):
-        if student.layer_types.count(kind) > teacher.layer_types.count(kind):
-            raise RequestError(
-                "The student has more layers of one kind than its teacher.",
-                found=f"{student.layer_types.count(kind)} of {kind}",
-                expected=f"at most {teacher.layer_types.count(kind)}",
-            )
-
-
 def choose(teacher: ModelShape, student: ModelShape, dropped: Sequence[int], importance: Importance) -> Cut:
     """What stays. The student's layer_types become those of the kept layers, in the teacher's order.
 
@@ -116,7 +85,6 @@ def choose(teacher: ModelShape, student: ModelShape, dropped: Sequence[int], imp
         dropped: the teacher's layers that leave.
         importance: scores of the parts of those that stay.
     """
-    check_shapes(teacher, student)
     kept = [i for i in range(teacher.num_layers) if i not in dropped]
     assert len(kept) == student.num_layers
     layers = tuple(_cut_layer(teacher, student, importance, i) for i in kept)

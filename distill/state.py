@@ -17,12 +17,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from nano.errors import BadFileError, NoSpaceError
 from nano.folder import is_no_space
+
+if TYPE_CHECKING:
+    import torch
 
 STATE, METRICS = "state.safetensors", "metrics.jsonl"
 
@@ -118,6 +119,7 @@ class StateFolder:
 
     def restore(self, model: Any, optimizer: torch.optim.AdamW) -> None:
         """Put the saved weights and moments back, bit for bit."""
+        import torch
         from safetensors.torch import load_file
 
         step = self.header().step

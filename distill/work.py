@@ -20,7 +20,7 @@ from distill.importance import measure as measure_importance
 from distill.losses import Comparison
 from distill.models import load_weights, new_model
 from distill.refit import Refit
-from distill.run import Job
+from distill.request import Job
 from distill.shrink import choose, cut_tensors, least_influence, select
 from distill.state import METRICS, StateFolder
 from distill.teacher import LiveTeacher, open_teacher

@@ -32,6 +32,9 @@ def test_held_out_documents_are_never_trained_on(tinystories: Path) -> None:
     assert 0.07 < len(held) / len(documents) < 0.13
     assert split_documents(documents[::-1], 0.1, seed=3)[1] == held[::-1]  # the order given does not matter
     assert set(split_documents(documents, 0.1, seed=4)[1]) != set(held)
+    assert set(split_documents(documents[:400], 0.1, seed=3)[1]) == set(documents[:400]) & set(
+        held
+    )  # more text moves none
 
 
 def test_one_long_document_is_cut_before_it_is_split() -> None:

@@ -131,7 +131,12 @@ def test_the_same_request_gives_the_same_bytes(made: Path, stories: Path, text: 
 
 
 def test_micro_batches_add_up_to_the_batch(made: Path, stories: Path, text: Path, tmp_path: Path) -> None:
-    run_distill(stories, "150k", [text], tmp_path / "micro", replace(QUICK, micro_batch=1))
+    manifest = run_distill(stories, "150k", [text], tmp_path / "micro", replace(QUICK, micro_batch=1, eval_every=4))
+    lines = [json.loads(line) for line in (tmp_path / "micro" / "metrics.jsonl").read_text().splitlines()]
+    held = manifest.results["held_out"]
+    measured = {line["step"]: line["held_out"]["kl"] for line in lines if "held_out" in line}
+    assert measured.keys() == {4}
+    assert held["trained"]["kl"] < measured[4] < held["start"]["kl"]
     whole, parts = weights(made), weights(tmp_path / "micro")
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,165 @@
+"""The distil stage's request, checked on shapes and text before anything heavy is imported or read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.data import Rows, pack, split_documents, training_rows
+from distill.options import DistillOptions
+from distill.state import StateFolder, checkpoint_folder
+from nano.corpus import cut_windows, describe_data, read_documents
+from nano.errors import OutputExistsError, RequestError, UnsupportedError
+from nano.folder import check_output
+from nano.manifest import fingerprint
+from nano.progress import say, warn
+from nano.shapes import FULL, SLIDING, ModelShape, read_config
+from nano.solve import solve_student
+from nano.tokens import load_tokenizer
+
+MANY_EPOCHS = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request, before torch is imported.
+
+    Attributes:
+        teacher: the teacher's folder.
+        config: its config.json (the text part).
+        teacher_shape, shape: of the teacher; asked of the student.
+        rows, held_out: training and held-out text, packed.
+        data: files of text.
+        options: how to train.
+        identity: everything the result depends on; a state of another identity is not resumed.
+    """
+
+    teacher: Path
+    config: Mapping[str, Any]
+    teacher_shape: ModelShape
+    shape: ModelShape
+    rows: Rows
+    held_out: Rows
+    data: tuple[Path, ...]
+    options: DistillOptions
+    identity: Mapping[str, Any]
+
+
+def check_request(data: Sequence[Path], out: Path, *, force: bool, resume: bool | None) -> None:
+    """What can be refused without reading anything.
+
+    Raises:
+        RequestError: no text, an output or an unfinished run in the way, or nothing to resume.
+    """
+    check_output(out, force=force)
+    if not data:
+        raise RequestError("Training needs text.", expected="--data FILE, a text or JSONL file (may be repeated)")
+    state = StateFolder(checkpoint_folder(out))
+    if resume and not state.exists():
+        raise RequestError(
+            "There is no interrupted run to resume.",
+            found=f"no state in {state.folder}",
+            todo="leave --resume out, or check --out",
+        )
+    if resume is False and state.exists() and not force:
+        raise OutputExistsError(
+            "An interrupted run of this output is kept.",
+            found=str(state.folder),
+            todo="--resume goes on with it (with the same options); --force starts over",
+        )
+
+
+def prepare(teacher: Path, student: str | ModelShape, data: Sequence[Path], options: DistillOptions) -> Job:
+    """Check the teacher, the text and the shape against each other.
+
+    Raises:
+        RequestError and its kinds.
+    """
+    config = read_config(teacher)
+    shape = ModelShape.from_hf(config)
+    if config.get("final_logit_softcapping"):
+        raise UnsupportedError(
+            "Capped logits are not supported.",
+            found=f"final_logit_softcapping = {config['final_logit_softcapping']}",
+            todo="use a teacher without it",
+        )
+    if options.length > shape.max_positions:
+        raise RequestError(
+            "The sequences are longer than the teacher's positions.",
+            found=f"--length {options.length}",
+            expected=f"at most {shape.max_positions}",
+        )
+    target = student if isinstance(student, ModelShape) else solve_student(shape, student)
+    check_shapes(shape, target, start=options.start)
+    documents = read_documents(data)
+    from nano.torch_lm import check_float_folder
+
+    check_float_folder(teacher)
+    tokenizer = load_tokenizer(teacher, shape.vocab_size)
+    say(f"student: {describe(target)}")
+    training, held = split_documents(documents, options.held_out, options.seed)
+    if not training or not held:
+        raise RequestError(
+            "The text is too short.", found="nothing to hold out and train on beside", todo="give more text"
+        )
+    rows = training_rows(training, tokenizer, options.length, options.batch)
+    held_out = pack(cut_windows(held, tokenizer, options.length, max_tokens=options.eval_tokens), options.length)
+    epochs = options.steps * options.batch / len(rows)
+    if epochs > MANY_EPOCHS:
+        warn(f"the text is repeated {epochs:.0f} times; give more text or fewer --steps")
+    seen = f"{rows.tokens:,} tokens in {len(rows):,} sequences, seen {epochs:.1f} times"
+    say(f"text: {seen}; {held_out.tokens:,} held out")
+    identity = _identity(teacher, target, data, options)
+    return Job(teacher, config, shape, target, rows, held_out, tuple(data), options, identity)
+
+
+def check_shapes(teacher: ModelShape, student: ModelShape, start: str = "pruned") -> None:
+    """Whether a student of this shape can be trained against this teacher, and cut from it where it starts so.
+
+    Raises:
+        RequestError: a dimension exceeds the teacher's, or layer kinds are wanted that the teacher has too few of.
+        UnsupportedError: another family, vocabulary or head width.
+    """
+    for name in ("family", "vocab_size") if start == "random" else ("family", "vocab_size", "head_dim", "tied"):
+        if getattr(student, name) != getattr(teacher, name):
+            raise UnsupportedError(
+                f"This student's {name} has to be its teacher's.",
+                found=f"{getattr(student, name)} for a teacher of {getattr(teacher, name)}",
+                todo="ask for the student by its size",
+            )
+    if start == "random":
+        return
+    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        if getattr(student, name) > getattr(teacher, name):
+            raise RequestError(
+                "The student exceeds its teacher, so it cannot be cut from its weights.",
+                found=f"{name} = {getattr(student, name)}",
+                expected=f"at most the teacher's {getattr(teacher, name)}",
+                todo="ask for a smaller student, or start at random (--start random)",
+            )
+    for kind in (FULL, SLIDING):
+        if student.layer_types.count(kind) > teacher.layer_types.count(kind):
+            raise RequestError(
+                "The student has more layers of one kind than its teacher.",
+                found=f"{student.layer_types.count(kind)} of {kind}",
+                expected=f"at most {teacher.layer_types.count(kind)}",
+            )
+
+
+def describe(shape: ModelShape) -> str:
+    """A shape in one line."""
+    return (
+        f"{shape.num_parameters:,} parameters: width {shape.hidden_size}, feed-forward {shape.intermediate_size}, "
+        f"{shape.num_layers} layers, {shape.num_heads} query and {shape.num_kv_heads} key/value heads"
+    )
+
+
+def _identity(teacher: Path, shape: ModelShape, data: Sequence[Path], options: DistillOptions) -> dict[str, Any]:
+    settings = {k: v for k, v in dataclasses.asdict(options).items() if k != "save_every"}
+    files = [entry["sha256"] for entry in describe_data(data, tokens=0)["files"]]
+    plain = {"teacher": fingerprint(teacher), "shape": dataclasses.asdict(shape), "data": files, **settings}
+    return dict(json.loads(json.dumps(plain)))
