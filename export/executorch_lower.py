@@ -11,6 +11,7 @@ Legend: T positions of a call, D hidden width, H query heads, G key/value heads,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,6 @@ from export.silence import silenced
 from nano.errors import WorkError, require_module
 from nano.shapes import ModelShape
 
-XNNPACK = "XnnpackBackend"
 LINEARS_ONLY = "dqlinear_partitioner"
 """Compile spec under which XNNPACK's preprocessing runs its linear pass alone: the others rewrite convolutions,
 upsampling and copies, of which a decoder's part has none, and cost 95% of the time."""
@@ -67,7 +67,7 @@ class PartLowerer:
         Raises:
             WorkError: XNNPACK does not take every operator of it.
         """
-        from executorch.exir.backend.backend_api import to_backend
+        from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
         from executorch.exir.backend.compile_spec_schema import CompileSpec
         from executorch.exir.lowered_backend_module import LoweredBackendModule
 
@@ -75,17 +75,18 @@ class PartLowerer:
         kind = type(part).__name__
         signature = (kind, *((name, tensor.dtype, tensor.shape) for name, tensor in buffers.items()))
         if signature not in self._edges:
-            self._edges[signature] = self._edge(part, positions or self.chunk)
-        edge = self._edges[signature]
-        assert buffers.keys() <= edge.state_dict.keys()  # the rest are constants of the graph, such as eps
-        edge.state_dict.update(buffers)
-        lowered = to_backend(XNNPACK, edge, [CompileSpec(LINEARS_ONLY, b"")])
+            edge = self._edge(part, positions or self.chunk)
+            for name in buffers:
+                del edge.state_dict[name]  # what stays are constants of the graph, such as eps
+            self._edges[signature] = edge
+        program = _with_tensors(self._edges[signature], buffers)
+        made = XnnpackBackend.preprocess(program, [CompileSpec(LINEARS_ONLY, b"")])
         delegate: nn.Module = LoweredBackendModule(
             edge_program=self._outline(kind),
-            backend_id=XNNPACK,
-            processed_bytes=lowered.processed_bytes,
+            backend_id=XnnpackBackend.__name__,
+            processed_bytes=made.processed_bytes,
             compile_specs=[],
-            named_data_store_output=lowered.named_data_store_output,
+            named_data_store_output=made.data_store_output,
         )
         return delegate
 
@@ -128,6 +129,21 @@ class PartLowerer:
             dynamic = (tuple({1: length} for _ in example),)
             self._outlines[kind] = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
         return self._outlines[kind]
+
+
+def _with_tensors(edge: Any, buffers: Mapping[str, torch.Tensor]) -> Any:
+    """A program of its own graph, which a backend may change, over other tensors, which are not copied."""
+    return torch.export.ExportedProgram(
+        root=copy.deepcopy(edge.graph_module),
+        graph=copy.deepcopy(edge.graph),
+        graph_signature=edge.graph_signature,
+        state_dict={**edge.state_dict, **buffers},
+        range_constraints=edge.range_constraints,
+        module_call_graph=edge.module_call_graph,
+        example_inputs=edge.example_inputs,
+        constants=edge.constants,
+        verifiers=[edge.verifier],
+    )
 
 
 class _Outline(nn.Module):

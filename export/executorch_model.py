@@ -27,10 +27,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from export.arithmetic import Arithmetic
+from export.onnx_data import grid_of
 from nano.families import EMBEDDING, FINAL_NORM, HEAD, Family, family_of, layer_prefix
 from nano.shapes import SLIDING, ModelShape
 from quantize.grid import QuantizedTensor, code_range
-from quantize.packed import Int4Checkpoint
+from quantize.packed import PACKED, SCALE, Int4Checkpoint, unpack_codes
 
 
 class GridLinear(nn.Module):
@@ -235,10 +236,11 @@ class Embedding(nn.Module):
         if EMBEDDING not in checkpoint:
             self.register_buffer("table_VD", checkpoint.dense(f"{EMBEDDING}.weight").float())
             return
-        weight = checkpoint.quantized(EMBEDDING)
-        self.bits = weight.bits
-        self.register_buffer("table_VD", pack_rows(weight.codes_NK) if weight.bits == 4 else weight.codes_NK)
-        self.register_buffer("scale_VG", weight.scale_NG)
+        self.bits = grid_of(checkpoint, EMBEDDING).bits
+        words_VW = checkpoint.store.tensor(EMBEDDING + PACKED)
+        table_VD = swapped_nibbles(words_VW) if self.bits == 4 else unpack_codes(words_VW, shape.hidden_size, self.bits)
+        self.register_buffer("table_VD", table_VD)
+        self.register_buffer("scale_VG", checkpoint.store.tensor(EMBEDDING + SCALE).float())
 
     def forward(self, ids_1T: torch.Tensor) -> torch.Tensor:
         if self.bits == 32:
@@ -252,10 +254,13 @@ class Embedding(nn.Module):
         return x_1TD if self.scale is None else x_1TD * self.scale
 
 
-def pack_rows(codes_VD: torch.Tensor) -> torch.Tensor:
-    """int8 codes (V, D) to embedding_4bit's uint8 (V, D / 2): code + 8, the even column in the high nibble."""
-    fields = (codes_VD + 8).to(torch.uint8)
-    return (fields[:, 0::2] << 4) | fields[:, 1::2]
+def swapped_nibbles(words_VW: torch.Tensor) -> torch.Tensor:
+    """The checkpoint's words (V, W) as embedding_4bit's uint8 (V, D / 2).
+
+    Both hold code + 8, two a byte; the checkpoint's even column lies in the low nibble, the operator's in the high.
+    """
+    bytes_VB = words_VW.view(torch.uint8)
+    return (bytes_VB << 4).bitwise_or_(bytes_VB >> 4)
 
 
 @dataclass(frozen=True)
