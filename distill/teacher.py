@@ -40,7 +40,7 @@ class LiveTeacher:
     shape: ModelShape
 
     def loss(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, batch: Batch, mix: Mix) -> tuple[torch.Tensor, Sums]:
-        """See `Teacher.loss`. A mix without KL does not run the teacher for nothing: it is still run, to report it."""
+        """See `Teacher.loss`. The teacher runs even where the mix gives its KL no weight: the KL is reported."""
         with torch.inference_mode():
             teacher_hidden_NE = hidden_states(self.model, self.shape, batch)
         return distillation_loss(hidden_ND, head_VD, teacher_hidden_NE, head_weight(self.model), batch.target_N, mix)
