@@ -90,7 +90,7 @@ def run_recipe(path: Path, *, out: Path | None, rebuild: bool, json_mode: bool) 
         counts = {"ran": build.ran, "skipped": build.skipped, "seconds": seconds}
         emit_json({"recipe": recipe.name, "out": str(build.out), **counts, "artifacts": rows, "sample": samples})
     else:
-        _print(recipe, rows, samples)
+        _print(recipe, build.out, rows, samples)
         say(f"{build.ran} stages run, {build.skipped} unchanged, {seconds:.0f} s; everything is in {build.out}/")
     return 0 if all(row.get("fits") is not False for row in rows) else CheckFailedError.exit_status
 
@@ -230,12 +230,12 @@ def _sample(recipe: Recipe, out: Path) -> dict[str, str]:
     return texts
 
 
-def _print(recipe: Recipe, rows: list[dict[str, Any]], samples: dict[str, str]) -> None:
+def _print(recipe: Recipe, out: Path, rows: list[dict[str, Any]], samples: dict[str, str]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{recipe.name}: what was made")
-    for heading in ("artifact", "size", "perplexity", "KL to teacher", "same top", "phone"):
-        table.add_column(heading, justify="left" if heading in ("artifact", "phone") else "right")
+    table = Table(title=f"{recipe.name}: what was made, in {out}/", title_justify="left")
+    for heading in ("folder", "size", "perplexity", "KL to teacher", "same top", "phone"):
+        table.add_column(heading, justify="left" if heading in ("folder", "phone") else "right")
     for row in rows:
         phone = f"{row['profile']}: {'fits' if row['fits'] else 'TOO BIG'}" if "profile" in row else ""
         figures = (f"{row['perplexity']:.3f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}")
