@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.executorch_file import MODEL
-from export.onnx_data import grid_of
+from export.grids import grid_of
 from export.options import ExportOptions
 from export.silence import silenced
 from nano.errors import UnsupportedError

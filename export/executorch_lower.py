@@ -123,10 +123,9 @@ class PartLowerer:
     def _outline(self, kind: str) -> Any:
         """A program that only knows the sizes of a part's outputs: all that tracing the decoder asks of a delegate."""
         if kind not in self._outlines:
-            example = self._example(kind, max(self.chunk, 2))
-            length = torch.export.Dim("length", min=1, max=max(self.chunk, 2))
+            example = self._example(kind, self.chunk)
             module = _Outline(self.shape, kind)
-            dynamic = (tuple({1: length} for _ in example),)
+            dynamic = (tuple(_dynamic(self.chunk) for _ in example),)
             self._outlines[kind] = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
         return self._outlines[kind]
 
@@ -162,6 +161,11 @@ class _Outline(nn.Module):
         return inputs[0].new_empty(1, length, width)
 
 
+def _dynamic(chunk: int) -> dict[int, Any] | None:
+    """The second dimension is a length from 1 to the chunk."""
+    return {1: torch.export.Dim("length", min=1, max=chunk)} if chunk > 1 else None
+
+
 def _edge_config(**more: Any) -> Any:
     from executorch.exir import EdgeCompileConfig
 
@@ -184,10 +188,8 @@ def build_program(decoder: nn.Module, chunk: int, methods: Mapping[str, Any], no
 
     note("trace")
     example = (torch.zeros(1, min(chunk, 3), dtype=torch.long), torch.zeros(1, dtype=torch.long))
-    length = torch.export.Dim("length", min=1, max=chunk)
-    dynamic = ({1: length} if chunk > 1 else None, None)
     with torch.no_grad():
-        program = torch.export.export(decoder, example, dynamic_shapes=dynamic, strict=False)
+        program = torch.export.export(decoder, example, dynamic_shapes=(_dynamic(chunk), None), strict=False)
     note("edge")
     edge = to_edge(program, constant_methods=dict(methods), compile_config=_edge_config())
     note("plan memory")

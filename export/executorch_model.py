@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from export.arithmetic import Arithmetic
-from export.onnx_data import grid_of
+from export.grids import grid_of
 from nano.families import EMBEDDING, FINAL_NORM, HEAD, Family, family_of, layer_prefix
 from nano.shapes import SLIDING, ModelShape
 from quantize.grid import QuantizedTensor, code_range

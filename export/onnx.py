@@ -14,30 +14,28 @@ is the contrib operators: see `minimum_runtime`.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from export.arithmetic import read_arithmetic, resolve_context
 from export.genai_config import genai_config
-from export.onnx_data import DataFile, grid_of
+from export.grids import grid_of
+from export.onnx_data import DataFile
 from export.onnx_files import CONFIG, DATA, MODEL
 from export.onnx_graph import DecoderGraph, GraphOptions
 from export.options import ExportOptions
 from nano.errors import UnsupportedError, require_module
-from nano.families import EMBEDDING, HEAD, family_of
+from nano.families import EMBEDDING, HEAD
 from nano.shapes import SLIDING, ModelShape
 from nano.tokens import TextTokenizer
 from quantize.packed import Int4Checkpoint
 
 OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10
-DEFAULT_CONTEXT = 2048
 ACCURACY_LEVEL = {"int8": 4, "float": 1}
 """MatMulNBits' accuracy_level: 4 quantizes its input to int8 by blocks, 1 computes in float32."""
 BLOCKS = (16, 32, 64, 128, 256)
 """Block sizes that MLAS has kernels for (onnxruntime/core/mlas/lib/qnbitgemm.cpp, GetQNBitGemmVariant)."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""Rotations whose angles do not depend on the length of the text, so a table holds them."""
 
 
 def write_onnx(
@@ -114,33 +112,10 @@ def check_onnx(checkpoint: Int4Checkpoint, options: ExportOptions) -> int:
                 todo="quantize again with --group-size 32",
             )
     shape = checkpoint.shape
-    context = options.context or min(shape.max_positions, DEFAULT_CONTEXT)
-    if not 1 <= context <= shape.max_positions:
-        raise UnsupportedError(
-            "The context does not fit the model.",
-            found=f"--context {options.context}",
-            expected=f"at most the {shape.max_positions} positions that it was trained for",
-        )
+    context = resolve_context(shape, options.context)
     if options.chunk < 1:
         raise UnsupportedError("The chunk is too small.", found=f"--chunk {options.chunk}", expected="at least 1")
     return context
-
-
-def _check_config(config: Any) -> None:
-    """Refuse settings of a transformers configuration that the graph does not carry."""
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
-        if getattr(config, key, None):
-            raise UnsupportedError(
-                "This model's attention is not supported in ONNX.", found=f"{key} = {getattr(config, key)}"
-            )
-    rope = config.rope_parameters
-    for kind, one in rope.items() if all(isinstance(value, dict) for value in rope.values()) else [("", rope)]:
-        if one.get("rope_type", "default") not in STATIC_ROPE or one.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedError(
-                "This model's rotary positions are not supported in ONNX.",
-                found=f"{kind} rope_parameters {one}".strip(),
-                expected=f"rope_type one of {', '.join(STATIC_ROPE)}, over the whole head",
-            )
 
 
 def window_slack(shape: ModelShape, context: int, chunk: int) -> int | None:
@@ -168,45 +143,15 @@ def minimum_runtime(checkpoint: Int4Checkpoint, slack: int | None) -> str:
 
 
 def _graph_options(checkpoint: Int4Checkpoint, options: ExportOptions, context: int, slack: int | None) -> GraphOptions:
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
-    _check_config(config)
+    arithmetic = read_arithmetic(checkpoint, context)
     return GraphOptions(
         accuracy_level=ACCURACY_LEVEL[options.activations],
         last_only=options.logits == "last",
         windowed=slack is not None,
-        attention_scale=float(getattr(config, "query_pre_attn_scalar", checkpoint.shape.head_dim)) ** -0.5,
-        eps=float(config.rms_norm_eps),
-        rope=rotation_tables(checkpoint.shape, config, context),
+        attention_scale=arithmetic.attention_scale,
+        eps=arithmetic.eps,
+        rope={kind: (cos.numpy(), sin.numpy()) for kind, (cos, sin) in arithmetic.rotation.items()},
     )
-
-
-def rotation_tables(shape: ModelShape, config: Any, context: int) -> dict[str, tuple[Any, Any]]:
-    """cos and sin, float32 (context, A / 2), for each kind of layer, by transformers' own rotary module.
-
-    Args:
-        shape: the model's dimensions.
-        config: its transformers configuration.
-        context: how many positions.
-    """
-    import torch
-    import transformers
-
-    architecture = family_of(shape.family).architecture
-    modeling = sys.modules[getattr(transformers, architecture).__module__]
-    rotary = getattr(modeling, architecture.replace("ForCausalLM", "RotaryEmbedding"))(config=config)
-    positions_1T, x = torch.arange(context)[None], torch.zeros(1)
-    half = shape.head_dim // 2
-    tables: dict[str, tuple[Any, Any]] = {}
-    for kind in sorted(set(shape.layer_types)):
-        # Gemma 3 has a rotation for each kind of layer, the others one for all
-        arguments = (kind,) if hasattr(rotary, f"{kind}_inv_freq") else ()
-        with torch.inference_mode():
-            cos_1TA, sin_1TA = rotary(x, positions_1T, *arguments)
-        assert cos_1TA.shape == (1, context, shape.head_dim), cos_1TA.shape
-        tables[kind] = (cos_1TA[0, :, :half].contiguous().numpy(), sin_1TA[0, :, :half].contiguous().numpy())
-    return tables
 
 
 def _metadata(shape: ModelShape, options: ExportOptions, context: int, slack: int | None) -> dict[str, str]:

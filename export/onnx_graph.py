@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from export.onnx_data import DataFile, floats, grid_of, packed_codes, scales
+from export.grids import grid_of
+from export.onnx_data import DataFile, floats, packed_codes, scales
 from nano.errors import require_module
 from nano.families import EMBEDDING, FINAL_NORM, HEAD, QK_NORMS, Family, family_of, layer_prefix, linear_shapes
 from nano.shapes import SLIDING, ModelShape
