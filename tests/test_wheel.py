@@ -53,4 +53,4 @@ def test_the_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == str(tmp_path / "site" / "nano" / "__init__.py")
-    assert "1.80" in done.stdout
+    assert "1,80" in done.stdout
