@@ -121,7 +121,7 @@ def generate(
         start = time.perf_counter()
         ids = continue_prompt(opened, prompt, max_new_tokens, temperature, seed)
         seconds = time.perf_counter() - start
-        text = opened.tokenizer.decode([*opened.tokenizer.encode(prompt), *ids])
+        text = opened.tokenizer.continued(prompt, ids)
     finally:
         opened.close()
     if json:

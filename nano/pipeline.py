@@ -222,7 +222,7 @@ def _sample(recipe: Recipe, out: Path) -> dict[str, str]:
             model = open_model(out / wish.name / format)
             try:
                 ids = generate(model, recipe.prompt, 40)
-                texts[f"{wish.name}/{format}"] = model.tokenizer.decode([*model.tokenizer.encode(recipe.prompt), *ids])
+                texts[f"{wish.name}/{format}"] = model.tokenizer.continued(recipe.prompt, ids)
             except NanokitError as error:
                 texts[f"{wish.name}/{format}"] = f"({error.problem})"
             finally:

@@ -54,6 +54,14 @@ class TextTokenizer:
         """Text of some ids, special ids left out."""
         return str(self.backend.decode(ids, skip_special_tokens=True))
 
+    def continued(self, prompt: str, new: list[int]) -> str:
+        """The prompt and what was added to it: the difference that the new ids make to the decoded text.
+
+        Decoding the new ids alone would lose a leading space, and a decoder made for streaming adds one in front.
+        """
+        before = self.encode(prompt)
+        return prompt + self.decode([*before, *new])[len(self.decode(before)) :]
+
 
 def load_tokenizer(folder: Path, vocab_size: int | None = None) -> TextTokenizer:
     """The tokenizer of a model folder.

@@ -130,6 +130,7 @@ def test_story_text_comes_out(format: str, bundles: dict[str, dict[str, Any]], n
     said = nanokit("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 24)
     assert said.status == 0, said.stderr
     assert said.stdout.startswith(PROMPT)
+    assert said.stderr == ""
     assert len(said.stdout) > len(PROMPT) + 20
     if format == "executorch":
         from export.executorch_runtime import run_llm_runner
