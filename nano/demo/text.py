@@ -17,11 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from nano.demo.world import COLOURS, PEOPLE, Creature, Person, World, make_world
 
@@ -30,6 +30,7 @@ SEED = 7
 
 Split = Literal["train", "calibration", "heldout"]
 Random = random.Random
+T = TypeVar("T")
 Writer = Callable[[Random, World], str]
 
 FILES: Mapping[Split, str] = {
@@ -52,7 +53,7 @@ FRUITS = ("plums", "pears", "nuts", "shells", "coins", "stones", "beans", "cakes
 WEATHER = ("It rained all morning.", "The sun was warm.", "Snow fell on the roofs.", "A cold wind blew.",
            "The sky was clear.", "Fog lay on the fields.")  # fmt: skip
 MOODS = ("glad", "tired", "hungry", "calm", "proud")
-NUMBERS = {2: "two", 3: "three", 4: "four"}
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 MEASURES = ("taller", "older", "faster", "stronger")
 MOST = {"taller": "tallest", "older": "oldest", "faster": "fastest", "stronger": "strongest"}
 LEAST = {"taller": "shortest", "older": "youngest", "faster": "slowest", "stronger": "weakest"}
@@ -74,7 +75,7 @@ def split_of(passage: str) -> Split:
 
     What is told before the first question decides alone, so that two questions about one text share a split.
     """
-    told = passage.split("Question:")[0] or passage
+    told = passage if passage.startswith("Question:") else passage.split("\nQuestion:")[0]
     bucket = int.from_bytes(hashlib.sha256(told.encode()).digest()[:4], "big") % 100
     return "heldout" if bucket < 4 else "calibration" if bucket < 8 else "train"
 
@@ -131,7 +132,11 @@ def _ask(question: str, answer: str) -> str:
     return f"Question: {question}\n{ANSWER} {answer}."
 
 
-def _pick_some(rng: Random, items: list[str], least: int) -> list[str]:
+def _ask_all(asked: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(_ask(question, answer) for question, answer in asked)
+
+
+def _pick_some(rng: Random, items: Sequence[T], least: int) -> list[T]:
     """A random selection of at least `least` items, in random order."""
     order = list(items)
     rng.shuffle(order)
@@ -186,14 +191,14 @@ def _person_page(rng: Random, world: World) -> str:
 
 
 def _fact_questions(rng: Random, world: World) -> str:
-    """Two to four questions about different creatures and people."""
+    """Three to six questions about different creatures and people."""
     asked = []
-    for _ in range(2 + rng.randrange(3)):
+    for _ in range(3 + rng.randrange(4)):
         if rng.randrange(3):
             asked.append(rng.choice(creature_questions(rng.choice(world.creatures))))
         else:
             asked.append(rng.choice(person_questions(rng.choice(world.people))))
-    return "\n".join(_ask(question, answer) for question, answer in asked)
+    return _ask_all(asked)
 
 
 def _story(rng: Random, _world: World) -> str:
@@ -207,7 +212,7 @@ def _story(rng: Random, _world: World) -> str:
     hide = rng.choice((f"{hero} put the {thing} {spot}.", f"{hero} hid the {thing} {spot}."))
     middle = [
         rng.choice(WEATHER),
-        rng.choice((f"{hero} was {mood}.", f"{friend} was {mood}.", f"They ate some {rng.choice(FRUITS)}.")),
+        rng.choice((f"{hero} was {mood}.", "The day was long.", f"They ate some {rng.choice(FRUITS)}.")),
     ]
     asks = rng.choice((f'"Where is your {thing}?" asked {friend}.', f'{friend} asked, "Where is the {thing}?"'))
     reply = f'"It is {spot}," said {hero}.'
@@ -218,25 +223,31 @@ def _story(rng: Random, _world: World) -> str:
     summary = f"In short: {friend} the {other} found the {thing} of {hero} the {species} {spot}."
     tail = [summary] if rng.randrange(2) else []
     arrival = f"Then a {other} named {friend} came by."
-    return " ".join([begin, hide, *_pick_some(rng, middle, 0), arrival, asks, reply, *end, *tail])
+    told = " ".join([begin, hide, *_pick_some(rng, middle, 0), arrival, asks, reply, *end, *tail])
+    about = [
+        (f"Where was the {thing}?", spot),
+        (f"What colour was the {thing}?", colour),
+        (f"Who had a {thing}?", hero),
+        (f"Who was the {other}?", friend),
+    ]
+    asked = _pick_some(rng, about, 0)
+    return f"{told}\n{_ask_all(asked)}" if asked else told
 
 
 def _needle(rng: Random, _world: World) -> str:
-    """Things lie in places; one is asked for."""
+    """Things lie in places; some are asked for."""
     things, spots, colours = list(THINGS), list(SPOTS), list(COLOURS)
     for words in (things, spots, colours):
         rng.shuffle(words)
-    count = 2 + rng.randrange(3)
-    placed = [f"The {colours[i]} {things[i]} is {spots[i]}." for i in range(count)]
-    i = rng.randrange(count)
-    question = rng.choice(
-        (
-            (f"Where is the {things[i]}?", spots[i]),
-            (f"What is {spots[i]}?", f"the {colours[i]} {things[i]}"),
-            (f"What colour is the {things[i]}?", colours[i]),
-        )
-    )
-    return " ".join([f"Here are {NUMBERS[count]} things.", *placed]) + "\n" + _ask(*question)
+    count = 1 + rng.randrange(4)
+    told = ["Here is one thing." if count == 1 else f"Here are {NUMBERS[count]} things."]
+    told += [f"The {colours[i]} {things[i]} is {spots[i]}." for i in range(count)]
+    asked = []
+    for _ in range(1 + rng.randrange(3)):
+        i = rng.randrange(count)
+        place, thing = (f"Where is the {things[i]}?", spots[i]), (f"What is {spots[i]}?", f"the {things[i]}")
+        asked.append(rng.choice((place, thing, (f"What colour is the {things[i]}?", colours[i]))))
+    return " ".join(told) + "\n" + _ask_all(asked)
 
 
 def _sums(rng: Random, _world: World) -> str:
@@ -272,16 +283,16 @@ def _counting(rng: Random, _world: World) -> str:
 
 
 def _ordering(rng: Random, _world: World) -> str:
-    """Three or four people compared pair by pair; who is at an end of the order?"""
+    """Two to four people compared pair by pair; who is at an end of the order?"""
     people = list(PEOPLE)
     rng.shuffle(people)
-    chain = people[: 3 + rng.randrange(2)]
+    chain = people[: 2 + rng.randrange(3)]
     measure = rng.choice(MEASURES)
     told = [f"Here are {NUMBERS[len(chain)]} people."]
     told += [f"{a} is {measure} than {b}." for a, b in pairwise(chain)]
     most, least = (f"Who is the {MOST[measure]}?", chain[0]), (f"Who is the {LEAST[measure]}?", chain[-1])
     asked = [most, least] if rng.randrange(2) else [least, most]
-    return " ".join(told) + "\n" + "\n".join(_ask(q, a) for q, a in asked[: 1 + rng.randrange(2)])
+    return " ".join(told) + "\n" + _ask_all(asked[: 1 + rng.randrange(2)])
 
 
 def _two(rng: Random, items: tuple[str, ...]) -> tuple[str, str]:
@@ -294,9 +305,9 @@ def _two(rng: Random, items: tuple[str, ...]) -> tuple[str, str]:
 WRITERS: tuple[tuple[str, Writer, int], ...] = (
     ("facts", _creature_page, 4),
     ("facts", _person_page, 2),
-    ("facts", _fact_questions, 5),
-    ("story", _story, 6),
-    ("needle", _needle, 4),
+    ("facts", _fact_questions, 6),
+    ("story", _story, 4),
+    ("needle", _needle, 6),
     ("arithmetic", _sums, 2),
     ("arithmetic", _word_problem, 3),
     ("counting", _counting, 2),

@@ -56,6 +56,10 @@ class TeacherOptions:
         learning_rate: the peak; warmed up over `warmup` steps, then a cosine to a twentieth of it.
         warmup: steps.
         weight_decay: on matrices only.
+        answer_weight: how much an id of an answer counts in the loss, against 1 for the others. Most ids are either
+            trivial or a throw of the dice; the answers are what there is to learn.
+        short_share: share of the steps, at the beginning, that see single passages instead of pages.
+        probe_every: steps between measurements on questions of the calibration split.
         threads: CPU threads.
         heldout_pages, questions: how much unseen text the result is measured on.
     """
@@ -68,11 +72,14 @@ class TeacherOptions:
     heads: int = 6
     kv_heads: int = 2
     context: int = 512
-    steps: int = 2400
-    batch_tokens: int = 2048
-    learning_rate: float = 3e-3
+    steps: int = 3000
+    batch_tokens: int = 1024
+    learning_rate: float = 1e-3
     warmup: int = 100
     weight_decay: float = 0.1
+    answer_weight: float = 4.0
+    short_share: float = 0.4
+    probe_every: int = 250
     threads: int = 1
     heldout_pages: int = 300
     questions: int = 400
@@ -114,6 +121,7 @@ def make_model(options: TeacherOptions) -> Any:
         max_position_embeddings=options.context,
         tie_word_embeddings=True,
         rms_norm_eps=1e-5,
+        initializer_range=round(options.hidden_size**-0.5, 4),
         pad_token_id=PAD,
         bos_token_id=BOS,
         eos_token_id=EOS,
@@ -157,13 +165,27 @@ def pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows])
 
 
-def next_token_loss(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats summed over the ids that are predicted; padding does not count."""
+def surprise(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats of each id given those before it, (B, T - 1); 0 where it is padding."""
     logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
     target_BT = ids_BT[:, 1:].masked_fill(ids_BT[:, 1:] == PAD, IGNORE)
-    return F.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), target_BT.flatten(), ignore_index=IGNORE, reduction="sum"
+    flat = F.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(), target_BT.flatten(), ignore_index=IGNORE, reduction="none"
     )
+    return flat.view(target_BT.shape)
+
+
+def in_answers(ids_BT: torch.Tensor, starts: Sequence[int], end: int) -> torch.Tensor:
+    """Which of the predicted ids, (B, T - 1), stand between a starting id ("Answer", "=") and the full stop."""
+    at = torch.arange(1, ids_BT.shape[1] + 1)
+    started = torch.where(torch.isin(ids_BT, torch.tensor(starts)), at, 0).cummax(1).values
+    ended = torch.where(ids_BT == end, at, 0).cummax(1).values
+    return (started > ended)[:, :-1]
+
+
+def _id_of(tokenizer: Tokenizer, word: str) -> int:
+    """The last id of a word: its only one, where the vocabulary is large enough to hold it."""
+    return int(tokenizer.encode(word, add_special_tokens=False).ids[-1])
 
 
 def predicted(ids_BT: torch.Tensor) -> int:
@@ -179,32 +201,60 @@ def learning_rate(step: int, options: TeacherOptions) -> float:
     return options.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train(model: Any, rows: list[list[int]], options: TeacherOptions) -> int:
-    """Train in place; gives how many tokens were predicted on the way."""
+def train(
+    model: Any, tokenizer: Tokenizer, pages: Sequence[str], options: TeacherOptions
+) -> tuple[int, list[dict[str, Any]]]:
+    """Train in place: single passages first, whole pages after.
+
+    Returns:
+        How many tokens were predicted on the way, and the quality measured every `probe_every` steps.
+    """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=options.learning_rate,
-        betas=(0.9, 0.95),
+        betas=(0.9, 0.98),
     )
-    model.train()
-    total, recent = 0, 0.0
-    stream = batches(rows, options.batch_tokens, random.Random(options.seed))
+    starts, end = [_id_of(tokenizer, "Answer"), _id_of(tokenizer, " =")], _id_of(tokenizer, ".")
+    asked = questions(options.seed, 80, "calibration")
+    total, recent, history = 0, 0.0, []
     with track("train the teacher", options.steps, "steps") as progress:
-        for step, ids_BT in enumerate(islice(stream, options.steps)):
+        for step, ids_BT in enumerate(lessons(tokenizer, pages, options)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, options)
-            count = predicted(ids_BT)
-            loss = next_token_loss(model, ids_BT) / count
-            loss.backward()  # type: ignore[no-untyped-call]
+            weight_BT = 1 + (options.answer_weight - 1) * in_answers(ids_BT, starts, end)
+            weight_BT = weight_BT * (ids_BT[:, 1:] != PAD)
+            surprise_BT = surprise(model.train(), ids_BT)
+            ((surprise_BT * weight_BT).sum() / weight_BT.sum()).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            count = predicted(ids_BT)
             total += count
-            recent = loss.item() if step == 0 else 0.98 * recent + 0.02 * loss.item()
+            loss = surprise_BT.detach().sum().item() / count
+            recent = loss if step == 0 else 0.98 * recent + 0.02 * loss
             progress.advance(note=f"loss {recent:.4f}")
-    return total
+            if (step + 1) % options.probe_every == 0:
+                right = answers_right(model, tokenizer, asked)
+                history.append({"step": step + 1, "loss": round(recent, 4), "answers_right": right})
+                say(f"step {step + 1}: loss {recent:.4f}, right " + _shares(right))
+    return total, history
+
+
+def lessons(tokenizer: Tokenizer, pages: Sequence[str], options: TeacherOptions) -> Iterator[torch.Tensor]:
+    """The batches of all steps. Looking things up in a text is learned sooner where the text is short, so the
+    first `short_share` of the steps see each passage alone."""
+    rng = random.Random(options.seed)
+    first = round(options.steps * options.short_share)
+    passages = [passage for page in pages for passage in page.split("\n\n")]
+    short, long = (sequences(tokenizer, texts, options.context) for texts in (passages, pages))
+    yield from islice(batches(short, options.batch_tokens, rng), first)
+    yield from islice(batches(long, options.batch_tokens, rng), options.steps - first)
+
+
+def _shares(right: dict[str, float]) -> str:
+    return ", ".join(f"{group} {share:.0%}" for group, share in right.items())
 
 
 @torch.inference_mode()
@@ -215,7 +265,7 @@ def perplexity(model: Any, rows: Sequence[list[int]]) -> float:
     rows = sorted(rows, key=len)
     for start in range(0, len(rows), 8):
         ids_BT = pad(rows[start : start + 8])
-        total += next_token_loss(model, ids_BT).item()
+        total += surprise(model, ids_BT).sum().item()
         count += predicted(ids_BT)
     return math.exp(total / count)
 
@@ -268,11 +318,10 @@ def run_training(out: Path, options: TeacherOptions, *, force: bool = False) -> 
     # More pages than the steps can take at 100 tokens a page: none is seen again before all were seen.
     pages = documents(options.seed, min(40_000, max(500, options.steps * options.batch_tokens // 100)))
     tokenizer = make_tokenizer(pages[:TOKENIZER_PAGES], options.vocab_size)
-    rows = sequences(tokenizer, pages, options.context)
     heldout = sequences(tokenizer, documents(options.seed, options.heldout_pages, "heldout"), options.context)
     model = make_model(options)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pages):,} pages")
-    tokens = train(model, rows, options)
+    tokens, history = train(model, tokenizer, pages, options)
     seconds = time.monotonic() - begun
     rounded = model.to(torch.bfloat16).float()
     record = {
@@ -282,6 +331,7 @@ def run_training(out: Path, options: TeacherOptions, *, force: bool = False) -> 
         "seconds": round(seconds),
         "heldout_perplexity": round(perplexity(rounded, heldout), 4),
         "heldout_answers_right": answers_right(rounded, tokenizer, questions(options.seed, options.questions)),
+        "history": history,
         "versions": library_versions(),
     }
     with staged_folder(out, force=force) as folder:

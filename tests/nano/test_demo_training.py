@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,14 +19,16 @@ from nano.demo.train_teacher import (
     PAD,
     TeacherOptions,
     batches,
+    in_answers,
     learning_rate,
+    lessons,
     main,
     make_model,
     make_tokenizer,
-    next_token_loss,
     pad,
     run_training,
     sequences,
+    surprise,
 )
 from nano.errors import OutputExistsError
 from nano.lm import open_model
@@ -37,9 +40,11 @@ SMALL = TeacherOptions(
     layers=1,
     heads=2,
     kv_heads=1,
-    steps=8,
+    steps=30,
     batch_tokens=512,
     warmup=1,
+    learning_rate=3e-3,
+    probe_every=15,
     heldout_pages=20,
     questions=10,
 )
@@ -58,6 +63,7 @@ def test_a_run_can_be_repeated_and_its_output_opened(tmp_path: Path) -> None:
         assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in a.names())
     assert records[0]["heldout_perplexity"] == records[1]["heldout_perplexity"]
     assert records[0]["heldout_perplexity"] < 320  # a few steps already beat an even guess over the vocabulary
+    assert [entry["step"] for entry in records[0]["history"]] == [15, 30]
     assert json.loads((tmp_path / "a" / "training.json").read_text()).keys() == records[0].keys()
     model = open_model(tmp_path / "a")
     assert (model.vocab_size, model.context) == (320, 512)
@@ -84,7 +90,28 @@ def test_loss_is_the_mean_surprise_of_each_row_alone() -> None:
     for row in rows:
         log_p = model(input_ids=torch.tensor([row])).logits[0].double().log_softmax(-1)
         alone -= sum(log_p[i, row[i + 1]].item() for i in range(len(row) - 1))
-    assert next_token_loss(model, pad(rows)).item() == pytest.approx(alone, rel=1e-5)
+    assert surprise(model, pad(rows)).sum().item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_answers_are_found_from_their_word_to_the_full_stop() -> None:
+    text = "2 + 3 = 5. He said: no.\nQuestion: Who?\nAnswer: the old fox.\nQuestion: Why?"
+    tokenizer = make_tokenizer(documents(7, 100), 320)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    starts = [tokenizer.encode(word, add_special_tokens=False).ids[-1] for word in ("Answer", " =")]
+    inside = in_answers(torch.tensor([ids]), starts, tokenizer.token_to_id("."))[0].tolist()
+    found = tokenizer.decode([i for i, chosen in zip(ids[1:], inside, strict=True) if chosen])
+    assert found == " 5.: the old fox."
+
+
+def test_passages_come_before_pages() -> None:
+    options = replace(SMALL, steps=10, short_share=0.6)
+    pages = [page for page in documents(7, 400) if page.count("\n\n") > 3]
+    tokenizer = make_tokenizer(pages[:100], 320)
+    seen = list(lessons(tokenizer, pages, options))
+    assert len(seen) == 10
+    breaks = ["\n\n" in tokenizer.decode(row) for ids in seen[:6] for row in ids.tolist()]
+    assert not any(breaks)
+    assert all("\n\n" in tokenizer.decode(row) for ids in seen[6:] for row in ids.tolist())
 
 
 def test_sequences_begin_end_and_fit() -> None:
