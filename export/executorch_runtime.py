@@ -98,6 +98,12 @@ def _constant(program: Any, method: str) -> int:
     return int(program.load_method(method).execute(())[0])
 
 
+def _load_kernels() -> None:
+    """Register the operators that a program of ours calls besides the portable ones; an import does it."""
+    require_module("executorch.kernels.quantized", "executorch")
+    require_module("executorch.extension.llm.custom_ops.custom_ops", "executorch")
+
+
 def open_executorch(folder: Path) -> ExecutorchModel:
     """A .pte bundle behind the `LanguageModel` protocol.
 
@@ -108,8 +114,7 @@ def open_executorch(folder: Path) -> ExecutorchModel:
     check_whole(folder)
     with silenced():
         runtime = require_module("executorch.runtime", "executorch")
-        require_module("executorch.kernels.quantized", "executorch")
-        require_module("executorch.extension.llm.custom_ops.custom_ops", "executorch")
+        _load_kernels()
         try:
             program = runtime.Runtime.get().load_program(folder / MODEL)
             model = ExecutorchModel(program, load_tokenizer(folder))
@@ -136,6 +141,7 @@ def run_llm_runner(folder: Path, prompt: str, max_new_tokens: int) -> str:
     pieces: list[str] = []
     with silenced():
         runner = require_module("executorch.extension.llm.runner", "executorch")
+        _load_kernels()
         try:
             loaded = runner.TextLLMRunner(str(folder / MODEL), str(folder / TOKENIZER))
             config = runner.GenerationConfig(
