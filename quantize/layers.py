@@ -145,10 +145,7 @@ def linear_inputs(model: Any, linear: str, hidden: Hidden, device: torch.device)
         raise _Stop
 
     block = model.layers[0]
-    # The norm before a block takes the residual stream as its input: the first for attention, the last pre-norm
-    # for the MLP (Gemma calls that one otherwise).
-    second = "pre_feedforward_layernorm" if hasattr(block, "pre_feedforward_layernorm") else "post_attention_layernorm"
-    norm = block.get_submodule("input_layernorm" if linear.startswith("self_attn.") else second)
+    norm = block.input_layernorm if linear.startswith("self_attn.") else _second_norm(block)
     handles = [
         block.get_submodule(linear).register_forward_pre_hook(stop),
         norm.register_forward_pre_hook(lambda _module, arguments: residuals.append(arguments[0])),
@@ -161,3 +158,61 @@ def linear_inputs(model: Any, linear: str, hidden: Hidden, device: torch.device)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _second_norm(block: Any) -> Any:
+    """The norm before the MLP, whose input is the residual stream (Gemma calls it otherwise)."""
+    gemma = hasattr(block, "pre_feedforward_layernorm")
+    return block.pre_feedforward_layernorm if gemma else block.post_attention_layernorm
+
+
+class _HeadsHaveRun(torch.nn.Module):
+    """An attention block of which only the output projection is left to run, on inputs that are known."""
+
+    def __init__(self, o_proj: Any, x_bTK: torch.Tensor) -> None:
+        super().__init__()
+        self.o_proj, self.x_bTK = o_proj, x_bTK
+
+    def forward(self, *_arguments: Any, **_named: Any) -> tuple[torch.Tensor, None]:
+        return self.o_proj(self.x_bTK), None
+
+
+class _NoAttention(torch.nn.Module):
+    """Adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor, *_arguments: Any, **_named: Any) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+@torch.no_grad()
+def pass_attention(model: Any, hidden: Hidden, attended: list[torch.Tensor], device: torch.device) -> None:
+    """Move hidden states behind the layer's attention block, which is then gone from the layer.
+
+    Attention is the dear part of a small layer and an MLP's inputs are asked for three times; this way the heads
+    run once.
+
+    Args:
+        model: the layer, its output projection as it shall be.
+        hidden: replaced by the residual stream between attention and MLP.
+        attended: the output projection's inputs, one (b, T, K) a batch of `hidden`; emptied.
+        device: where the layer runs.
+    """
+    block = model.layers[0]
+    o_proj = block.self_attn.o_proj
+    attended.reverse()
+    for part, _valid in hidden.batches():
+        block.self_attn = _HeadsHaveRun(o_proj, attended.pop().to(device))
+        after: list[torch.Tensor] = []
+
+        def stop(_module: Any, arguments: tuple[torch.Tensor, ...], after: list[torch.Tensor] = after) -> None:
+            after.append(arguments[0])
+            raise _Stop
+
+        handle = _second_norm(block).register_forward_pre_hook(stop)
+        try:
+            with contextlib.suppress(_Stop):
+                run_layer(model, hidden.x_STD[part].to(device))
+        finally:
+            handle.remove()
+        hidden.x_STD[part] = after.pop().to(hidden.x_STD.device)
+    block.self_attn = _NoAttention()

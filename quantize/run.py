@@ -19,11 +19,22 @@ from nano.errors import RequestError
 from nano.families import layer_prefix, weight_shapes
 from nano.folder import check_output, human_bytes, require_space, staged_folder
 from nano.manifest import Manifest, input_entry, write_manifest
-from nano.progress import say, track
+from nano.progress import say, track, warn
+from nano.shapes import ModelShape, read_config
 from nano.tokens import copy_tokenizer, load_tokenizer
 from quantize.calibrate import Calibration, draw_training_windows, draw_windows
 from quantize.options import STEPS, QuantizeOptions
-from quantize.recipe import Grid, QuantRecipe, check_grids, default_recipe, float_modules, targets
+from quantize.recipe import (
+    Grid,
+    QuantRecipe,
+    check_grids,
+    check_rules,
+    default_recipe,
+    float_modules,
+    padding_multiple,
+    targets,
+)
+from quantize.runtimes import check_runtime
 from quantize.student import Student
 
 if TYPE_CHECKING:
@@ -81,10 +92,14 @@ def run_quantize(
         WorkError: the calibration text drives the model to numbers that are not finite.
     """
     check_output(out, force=force)
-    recipe = recipe or default_recipe(options)
-    with Student(student, options.group_size) as model:
+    shape = ModelShape.from_hf(read_config(student))
+    own, recipe = (recipe.rules, recipe) if recipe else (options.rules, default_recipe(options, shape.tied))
+    with Student(student, padding_multiple(shape, recipe)) as model:
         grids = recipe.grids(model.shape)
         check_grids(model.shape, grids)
+        check_runtime(model.shape, {n: (g.bits, g.group_size, g.symmetric) for n, g in grids.items()}, options.runtime)
+        for words in check_rules(model.shape, recipe, own):
+            warn(words)
         tokenizer = load_tokenizer(student, model.shape.vocab_size)
         calibration = None if options.method == "rtn" else _calibration(data, tokenizer, options, model)
         if options.method in STEPS:
@@ -98,8 +113,7 @@ def run_quantize(
         if model.padding:
             say(
                 f"the feed-forward width {model.source_shape.intermediate_size} is padded to "
-                f"{model.shape.intermediate_size} with zero neurons (exact), so that groups of "
-                f"{options.group_size} fit"
+                f"{model.shape.intermediate_size} with zero neurons (exact), so that whole groups fit"
             )
         job = Job(model, grids, options, calibration, training)
         with staged_folder(out, force=force) as folder:
@@ -227,7 +241,7 @@ def _solved_layers(job: Job) -> Iterator[LayerResult]:
     else:
         from quantize.sequential import calibrated_layers
 
-        layers = calibrated_layers(job.model, job.grids, job.options, job.calibration)
+        layers = calibrated_layers(job.model, job.grids, job.options, job.calibration, lambda _layer: None)
     with track("quantize", job.model.shape.num_layers, "layers") as bar:
         for result in layers:
             bar.advance(note=f"worst relative error {max(result.error.values(), default=0.0):.2%}")

@@ -1,8 +1,8 @@
 """Layer by layer through the network with calibration text: each linear is solved on the inputs it will really see.
 
 Two streams of hidden states run side by side, the float network's and the quantized one's. Within a layer the
-linears that share an input (q, k and v; gate and up) are solved together, then the layer is run again with them
-on the grid to find what the next ones see.
+linears that share an input (q, k and v; gate and up) are solved together, then the layer is run on with them
+on the grid to find what the next ones see. Attention runs once a layer and stream (`pass_attention`).
 
 Legend: N output channels, K input channels, D hidden width, M positions.
 """
@@ -10,8 +10,8 @@ Legend: N output channels, K input channels, D hidden width, M positions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from nano.families import family_of, layer_prefix
 from quantize.calibrate import Calibration
 from quantize.gptq import Curvature, correct, curvature, gptq, relative_error
 from quantize.grid import QuantizedTensor, round_to_codes
-from quantize.layers import Hidden, LayerResult, advance, embed, linear_inputs, load_layer
+from quantize.layers import Hidden, LayerResult, Seen, advance, embed, linear_inputs, load_layer, pass_attention
 from quantize.options import QuantizeOptions
 from quantize.recipe import Grid
 from quantize.scales import search_scales
@@ -35,7 +35,9 @@ SHARED_INPUTS = (
 )
 """A layer's linears in the order of data flow, those with one input together."""
 
-WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+O_PROJ = "self_attn.o_proj"
+
+WRITERS = (O_PROJ, "mlp.down_proj")
 """Linears whose output is added to the residual stream as it is (in families without post norms)."""
 
 
@@ -74,10 +76,14 @@ class Moments:
         return missing_NK if self.residual_DK is None else missing_NK + self.residual_DK
 
 
+Finished = Callable[[int], LayerResult | None]
+"""What an earlier, interrupted run left of a layer."""
+
+
 def calibrated_layers(
-    student: Student, grids: dict[str, Grid], options: QuantizeOptions, calibration: Calibration
+    student: Student, grids: dict[str, Grid], options: QuantizeOptions, calibration: Calibration, finished: Finished
 ) -> Iterator[LayerResult]:
-    """Solve layer after layer.
+    """Solve layer after layer; a layer that is finished is only run, which leads to the same numbers.
 
     Raises:
         WorkError: hidden states stop being finite, or a layer's inputs cannot be solved for.
@@ -86,20 +92,70 @@ def calibrated_layers(
     reference = embed(student, [torch.from_numpy(window) for window in calibration.windows.ids])
     hidden = copy.deepcopy(reference)
     for layer in range(student.shape.num_layers):
-        float_model, model = load_layer(student, layer, device), load_layer(student, layer, device)
-        result = LayerResult()
-        for together in SHARED_INPUTS:
-            modules = [name for name in together if layer_prefix(layer) + name in grids]
-            if modules:
-                moments = measure(model, float_model, modules[0], hidden, reference, student, device)
-                solve = curvature(moments.input_KK, options.damping)
-                for name in modules:
-                    full = layer_prefix(layer) + name
-                    _solve_linear(model.layers[0].get_submodule(name), full, moments, solve, grids[full], result)
-        for states, layer_model in ((hidden, model), (reference, float_model)):
-            advance(layer_model, states, device)
+        ours = Stream(load_layer(student, layer, device), hidden, device)
+        floats = Stream(load_layer(student, layer, device), reference, device)
+        result = run_stages(layer, ours, floats, student, grids, options, finished(layer))
         _check_finite(layer, hidden)
         yield result
+
+
+@dataclass
+class Stream:
+    """One of the two networks on its way through a layer.
+
+    Attributes:
+        model: the layer.
+        hidden: the hidden states before it; moved along as the stages pass.
+        device: where it runs.
+        attended: the output projection's inputs, between the two stages of attention.
+    """
+
+    model: Any
+    hidden: Hidden
+    device: torch.device
+    attended: list[torch.Tensor] = field(default_factory=list)
+
+    def linear(self, name: str) -> Any:
+        """One of the layer's linears."""
+        return self.model.layers[0].get_submodule(name)
+
+    def inputs(self, name: str) -> Iterator[Seen]:
+        """What one linear sees, batch by batch; the output projection's inputs are kept."""
+        for seen in linear_inputs(self.model, name, self.hidden, self.device):
+            if name == O_PROJ:
+                self.attended.append(seen.x_bTK)
+            yield seen
+
+
+def run_stages(
+    layer: int,
+    ours: Stream,
+    floats: Stream,
+    student: Student,
+    grids: dict[str, Grid],
+    options: QuantizeOptions,
+    done: LayerResult | None,
+) -> LayerResult:
+    """Take both streams through one layer, solving its linears on the way, or putting solved ones in their place."""
+    result = done or LayerResult()
+    for together in SHARED_INPUTS:
+        modules = [name for name in together if layer_prefix(layer) + name in grids]
+        moments = None
+        if together == (O_PROJ,) or (modules and not done):
+            moments = measure(ours, floats, together[0], student)
+        if moments and modules and not done:
+            solve = curvature(moments.input_KK, options.damping)
+            for name in modules:
+                full = layer_prefix(layer) + name
+                _solve_linear(ours.linear(name), full, moments, solve, grids[full], result)
+        for name in modules:
+            ours.linear(name).weight.data = result.weights[layer_prefix(layer) + name].dequantize().to(ours.device)
+        if together == (O_PROJ,):
+            for stream in (ours, floats):
+                pass_attention(stream.model, stream.hidden, stream.attended, stream.device)
+    for stream in (ours, floats):
+        advance(stream.model, stream.hidden, stream.device)
+    return result
 
 
 def _solve_linear(linear: Any, name: str, moments: Moments, solve: Curvature, grid: Grid, result: LayerResult) -> None:
@@ -113,35 +169,23 @@ def _solve_linear(linear: Any, name: str, moments: Moments, solve: Curvature, gr
     result.error[name] = relative_error(weight_NK, target_NK, solved.dequantize(), solve)
     result.rounding_error[name] = relative_error(weight_NK, target_NK, rounded.dequantize(), solve)
     result.weights[name] = QuantizedTensor(solved.codes_NK.cpu(), solved.scale_NG.cpu(), solved.group_size, solved.bits)
-    linear.weight.data = solved.dequantize()
 
 
 @torch.no_grad()
-def measure(
-    model: Any,
-    float_model: Any,
-    linear: str,
-    hidden: Hidden,
-    reference: Hidden,
-    student: Student,
-    device: torch.device,
-) -> Moments:
+def measure(ours: Stream, floats: Stream, name: str, student: Student) -> Moments:
     """Run both streams up to one linear of the layer and gather its moments."""
-    columns = model.layers[0].get_submodule(linear).in_features
-    writes = linear in WRITERS and not family_of(student.shape.family).post_norms
+    columns = ours.linear(name).in_features
+    writes = name in WRITERS and not family_of(student.shape.family).post_norms
     width = student.shape.hidden_size
     total = Moments(
-        torch.zeros(columns, columns, device=device),
-        torch.zeros(columns, columns, device=device),
-        torch.zeros(width, columns, device=device) if writes else None,
+        torch.zeros(columns, columns, device=ours.device),
+        torch.zeros(columns, columns, device=ours.device),
+        torch.zeros(width, columns, device=ours.device) if writes else None,
     )
-    pairs = zip(
-        linear_inputs(model, linear, hidden, device), linear_inputs(float_model, linear, reference, device), strict=True
-    )
-    for ours, theirs in pairs:
-        valid_bT = ours.valid_bT.to(device)
-        residual_MD = (theirs.residual_bTD - ours.residual_bTD)[valid_bT] if writes else None
-        total.add(ours.x_bTK[valid_bT], theirs.x_bTK[valid_bT], residual_MD)
+    for mine, theirs in zip(ours.inputs(name), floats.inputs(name), strict=True):
+        valid_bT = mine.valid_bT.to(ours.device)
+        residual_MD = (theirs.residual_bTD - mine.residual_bTD)[valid_bT] if writes else None
+        total.add(mine.x_bTK[valid_bT], theirs.x_bTK[valid_bT], residual_MD)
     return total.mean()
 
 
