@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from nano.errors import RequestError
+from quantize.rules import Rule
+from quantize.runtimes import Runtime
 
 Method = Literal["rtn", "gptq", "best", "recover"]
 
@@ -22,7 +26,14 @@ class QuantizeOptions:
             the weights not yet rounded make up for each rounding error, as the calibration text weighs it;
             "best" is gptq, then a short distillation from the float model through the grid; "recover" is that
             distillation at length.
-        group_size: input channels that share a scale: 32, 64 or 128.
+        group_size: input channels that share a scale: 32, 64, 128, or "channel" for all of them; "auto" is 32, and
+            "channel" for layers whose width 32 does not divide.
+        symmetry: "symmetric" grids run on every phone runtime; "asymmetric" ones have a zero point a group, are a
+            little more accurate, and run in ONNX Runtime only.
+        embedding: "int4" and "int8" put the embedding on a grid too.
+        head: the same for the output head; "auto" leaves an untied head float. A tied head is the embedding.
+        runtime: what the model is meant for; grids that it cannot run are refused. "any" means both phone runtimes.
+        rules: come before those that the options above make; first match wins.
         samples: calibration windows.
         length: tokens a calibration window holds.
         seed: which windows are drawn.
@@ -34,7 +45,12 @@ class QuantizeOptions:
     """
 
     method: Method = "gptq"
-    group_size: Literal[32, 64, 128] = 32
+    group_size: Literal["auto", 32, 64, 128, "channel"] = "auto"
+    symmetry: Literal["symmetric", "asymmetric"] = "symmetric"
+    embedding: Literal["float", "int4", "int8"] = "float"
+    head: Literal["auto", "float", "int4", "int8"] = "auto"
+    runtime: Runtime = "any"
+    rules: Annotated[tuple[Rule, ...], Parameter(parse=False)] = ()
     samples: int = 128
     length: int = 256
     seed: int = 0

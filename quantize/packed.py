@@ -11,7 +11,7 @@ Legend: N output channels, K input channels, G groups, W = K * bits / 32 words.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,31 +144,29 @@ def _format_of(quantization: Any) -> Any:
     return quantization.get("format") if isinstance(quantization, dict) else None
 
 
-def quantization_config(groups: dict[tuple[int, int], list[str]], ignore: list[str]) -> dict[str, Any]:
+def quantization_config(
+    groups: Mapping[tuple[int, int], list[str]] | Mapping[tuple[int, int, bool], list[str]], ignore: list[str]
+) -> dict[str, Any]:
     """compressed-tensors' description for config.json.
 
     Args:
-        groups: (bits, group size) to module targets ("Linear", or "re:..." patterns).
+        groups: (bits, group size, symmetric) to module targets ("Linear", or "re:..." patterns); a group size of 0
+            means one scale a row; symmetric where it is not said.
         ignore: modules left in float although a target matches them.
     """
+    config_groups = {}
+    for i, (scheme, targets) in enumerate(groups.items()):
+        bits, group, symmetric = (*scheme, True)[:3]
+        weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel"}
+        if group:
+            weights.update(strategy="group", group_size=group)
+        config_groups[f"group_{i}"] = {"targets": targets, "weights": weights}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ignore,
-        "config_groups": {
-            f"group_{i}": {
-                "targets": targets,
-                "weights": {
-                    "num_bits": bits,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "group",
-                    "group_size": group,
-                },
-            }
-            for i, ((bits, group), targets) in enumerate(groups.items())
-        },
+        "config_groups": config_groups,
     }
 
 

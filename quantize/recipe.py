@@ -5,58 +5,35 @@ What no rule matches stays float, and `describe` says so.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nano.errors import RequestError
-from nano.families import HEAD, linear_names, weight_shapes
+from nano.families import EMBEDDING, HEAD, linear_names, weight_shapes
 from nano.shapes import ModelShape
 from quantize.options import QuantizeOptions
+from quantize.rules import CHANNEL, DEFAULT_GROUP, Rule
 
-CHANNEL = 0
-"""As a rule's group size: one scale for the whole input width."""
+LAYERS = r"model\.layers\.\d+\..*_proj"
+"""Every decoder linear."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A symmetric integer grid.
+    """An integer grid.
 
     Attributes:
         bits: 4 or 8.
-        group_size: input channels that share a scale.
+        group_size: input channels that share a scale (and a zero point).
+        symmetric: whether code 0 means 0.0; else each group has a zero point.
     """
 
     bits: int
     group_size: int
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One line of a recipe.
-
-    Attributes:
-        pattern: a regular expression that must match the whole module name.
-        bits: 4, 8, or None to leave the module float.
-        group_size: input channels that share a scale; `CHANNEL` means all of them.
-    """
-
-    pattern: str
-    bits: int | None = 4
-    group_size: int = 32
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise RequestError("A rule's pattern is not a regular expression.", found=f"{self.pattern!r}: {error}") from None  # noqa: E501  # fmt: skip
-        if self.bits not in (None, 4, 8) or self.group_size < 0:
-            raise RequestError(
-                "A rule asks for a grid that there is not.",
-                found=f"bits {self.bits}, group size {self.group_size} for {self.pattern!r}",
-                expected="bits 4, 8 or none; a group size of 0 (whole channel) or more",
-            )
+    symmetric: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,10 +44,14 @@ class QuantRecipe:
 
     def grid(self, module: str, columns: int) -> Grid | None:
         """The grid of a module with `columns` input channels, or None where it stays float."""
-        for rule in self.rules:
-            if re.fullmatch(rule.pattern, module):
-                return None if rule.bits is None else Grid(rule.bits, rule.group_size or columns)
-        return None
+        rule = self.rule(module)
+        if rule is None or rule.bits is None or rule.bits == "float":
+            return None
+        return Grid(rule.bits, rule.group(columns), rule.symmetric)
+
+    def rule(self, module: str) -> Rule | None:
+        """The rule that decides about a module."""
+        return next((rule for rule in self.rules if rule.matches(module)), None)
 
     def grids(self, shape: ModelShape) -> dict[str, Grid]:
         """The grid of every module that gets one, in the model's order."""
@@ -85,9 +66,78 @@ class QuantRecipe:
         return [asdict(rule) for rule in self.rules]
 
 
-def default_recipe(options: QuantizeOptions) -> QuantRecipe:
-    """Every decoder linear int4; embedding and head stay float."""
-    return QuantRecipe((Rule(r"model\.layers\.\d+\..*_proj", 4, options.group_size),))
+def default_recipe(options: QuantizeOptions, tied: bool = True) -> QuantRecipe:
+    """The rules of the options: those of their own first, then every decoder linear int4, embedding and head.
+
+    Raises:
+        RequestError: the embedding and a tied head are asked to differ.
+    """
+    symmetric = options.symmetry == "symmetric"
+    rules = [*options.rules, Rule(LAYERS, 4, options.group_size, symmetric)]
+    if tied and options.head not in ("auto", options.embedding):
+        raise RequestError(
+            "This model's head is its embedding, and they are asked to differ.",
+            found=f"--embedding {options.embedding} and --head {options.head}",
+            expected="one and the same for both",
+            todo=f"leave --head out, or say --embedding {options.head}",
+        )
+    for module, wish in ((EMBEDDING, options.embedding), (HEAD, options.head)):
+        if wish in ("int4", "int8"):
+            # phones multiply 8 bits by whole rows only
+            rules.append(Rule(re.escape(module), int(wish[3:]), "channel" if wish == "int8" else options.group_size))
+    return QuantRecipe(tuple(rules))
+
+
+def padding_multiple(shape: ModelShape, recipe: QuantRecipe) -> int:
+    """What the feed-forward width must be a multiple of, for every grid along it to fit; 1 where all stay float."""
+    multiple = 1
+    for name in linear_names(shape):
+        rule = recipe.rule(name) if name.endswith("down_proj") else None
+        if rule is not None and rule.bits in (4, 8):
+            size = rule.group_size
+            multiple = math.lcm(multiple, size if isinstance(size, int) and size != CHANNEL else DEFAULT_GROUP)
+    return multiple
+
+
+def check_rules(shape: ModelShape, recipe: QuantRecipe, own: tuple[Rule, ...]) -> list[str]:
+    """Find rules without effect and widths that "auto" gives another group than usual.
+
+    Args:
+        shape: the model's dimensions, padded.
+        recipe: all rules.
+        own: those that somebody wrote, as opposed to those that the options make.
+
+    Returns:
+        Sentences that the user should read.
+
+    Raises:
+        RequestError: a rule matches no module of this model.
+    """
+    modules = {n.removesuffix(".weight"): s[1] for n, s in weight_shapes(shape).items() if len(s) == 2}
+    words = []
+    for rule in own:
+        if not any(rule.matches(module) for module in modules):
+            raise RequestError(
+                "A rule matches nothing in this model.",
+                found=repr(rule.pattern),
+                expected=f"the whole name of a module, such as {', '.join(list(modules)[:3])}"
+                + (f" ({HEAD} is {EMBEDDING} here: they are tied)" if shape.tied else ""),
+                todo="correct its pattern, or take the rule out",
+            )
+        if all(recipe.rule(module) is not rule for module in modules):
+            words.append(f"the rule for {rule.pattern!r} has no effect: rules before it decide about all it matches")
+    odd: dict[int, list[str]] = {}
+    for module, columns in modules.items():
+        decided = recipe.rule(module)
+        if decided and decided.bits == 4 and decided.group_size == "auto" and columns % DEFAULT_GROUP:
+            odd.setdefault(columns, []).append(module)
+    for columns, names in odd.items():
+        words.append(
+            f"{len(names)} modules such as '{names[0]}' have {columns} input channels, which groups of "
+            f"{DEFAULT_GROUP} do not divide: they get one scale a row, which is less accurate; 8 bits for them "
+            f"(--rules) would make up for it"
+        )
+    return words
 
 
 def check_grids(shape: ModelShape, grids: Mapping[str, Grid]) -> None:
@@ -110,20 +160,27 @@ def check_grids(shape: ModelShape, grids: Mapping[str, Grid]) -> None:
             )
 
 
-def targets(shape: ModelShape, grids: Mapping[str, Grid]) -> tuple[dict[tuple[int, int], list[str]], list[str]]:
-    """compressed-tensors' view of the grids: targets by (bits, group size), and the modules left float.
+Scheme = tuple[int, int, bool]
+"""Bits, group size (`CHANNEL`: one scale a row) and symmetry, as compressed-tensors' config groups tell them apart."""
 
-    The usual case, all decoder linears on one grid, is said as "Linear"; else modules are listed by name.
+
+def targets(shape: ModelShape, grids: Mapping[str, Grid]) -> tuple[dict[Scheme, list[str]], list[str]]:
+    """compressed-tensors' view of the grids: targets by scheme, and the modules left float.
+
+    The usual case, all decoder linears on one grid, is said as "Linear"; else modules are listed by name. The
+    embedding is left out: it is stored dense (see `quantize.packed`).
     """
-    linears = [*linear_names(shape), HEAD]
-    ignored = [name for name in linears if name not in grids]
-    kinds = {(grid.bits, grid.group_size) for grid in grids.values()}
-    if len(kinds) == 1 and set(grids) <= set(linears):
-        return {kinds.pop(): ["Linear"]}, ignored
-    by_grid: dict[tuple[int, int], list[str]] = {}
+    sizes = weight_shapes(shape)
+    by_scheme: dict[Scheme, list[str]] = {}
     for module, grid in grids.items():
-        by_grid.setdefault((grid.bits, grid.group_size), []).append(f"re:^{re.escape(module)}$")
-    return by_grid, ignored
+        if module != EMBEDDING:
+            by_row = grid.group_size == sizes[module + ".weight"][1]
+            scheme = (grid.bits, CHANNEL if by_row else grid.group_size, grid.symmetric)
+            by_scheme.setdefault(scheme, []).append(f"re:^{re.escape(module)}$")
+    ignored = [name for name in [*linear_names(shape), HEAD] if name not in grids]
+    if len(by_scheme) == 1:
+        return {scheme: ["Linear"] for scheme in by_scheme}, ignored
+    return by_scheme, ignored
 
 
 def float_modules(shape: ModelShape, grids: Iterable[str]) -> list[str]:

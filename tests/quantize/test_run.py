@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from nano.torch_lm import load_float
 from quantize.lm import load_dequantised, open_int4_model
 from quantize.options import QuantizeOptions
 from quantize.packed import Int4Checkpoint
-from quantize.recipe import Grid, QuantRecipe, Rule
+from quantize.recipe import Grid, QuantRecipe
+from quantize.rules import Rule
 from quantize.run import run_quantize
 
 SMALL = QuantizeOptions(samples=8, length=48)
@@ -101,7 +103,7 @@ def test_a_recipe_mixes_grids_and_transformers_still_loads_it(
 ) -> None:
     recipe = QuantRecipe((Rule(r".*layers\.0\..*down_proj", 8, 0), Rule(r".*o_proj", None), Rule(r".*_proj", 4, 32)))
     out = tmp_path / "mixed"
-    manifest = run_quantize(tiny_model("qwen3"), [text], out, SMALL, recipe=recipe)
+    manifest = run_quantize(tiny_model("qwen3"), [text], out, replace(SMALL, runtime="onnx"), recipe=recipe)
     ids = torch.randint(3, 300, (1, 30))
     with Int4Checkpoint(out) as checkpoint, torch.no_grad():
         eight = checkpoint.quantized("model.layers.0.mlp.down_proj")
