@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from quantize.options import QuantizeOptions
+from quantize.rules import read_rules
 
 DEFAULT = QuantizeOptions()
 
@@ -19,6 +20,7 @@ def quantize(
     data: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative=())] = (),
     out: Path,
     options: Annotated[QuantizeOptions, Parameter(name="*")] = DEFAULT,
+    rules: Path | None = None,
     force: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
@@ -35,6 +37,9 @@ def quantize(
         Calibration text (plain text, or JSONL with "text"); may be repeated. rtn needs none.
     out
         The folder to make.
+    rules
+        A TOML file of [[rule]] tables (pattern, bits = 4, 8 or "float", group_size, symmetric); the first rule that
+        matches a module's whole name decides about it, before the options above do.
     force
         Replace the output folder if it exists, once the new one is complete.
     json
@@ -46,6 +51,8 @@ def quantize(
     from quantize.run import run_quantize
 
     check_output(out, force=force)
+    if rules:
+        options = replace(options, rules=read_rules(rules))
     manifest = run_quantize(resolve_model(student), data, out, options, force)
     size = sum(entry["bytes"] for entry in manifest.files.values())
     if json:

@@ -15,7 +15,8 @@ from nano.errors import RequestError
 from nano.families import EMBEDDING, HEAD, linear_names, weight_shapes
 from nano.shapes import ModelShape
 from quantize.options import QuantizeOptions
-from quantize.rules import CHANNEL, DEFAULT_GROUP, Rule
+from quantize.rules import CHANNEL, DEFAULT_GROUP
+from quantize.rules import Rule as Rule
 
 LAYERS = r"model\.layers\.\d+\..*_proj"
 """Every decoder linear."""
