@@ -1,8 +1,9 @@
 """Which linears get 8 bits: the most KL divergence saved within a number of bits a weight, or within a phone.
 
 A linear at 8 bits, one scale a row (the int8 grid that both phone runtimes multiply by), costs about 3.5 bits a
-weight more than at 4 in groups of 32, and saves what it loses there (`quantize.sensitivity`). Choosing the set that saves most within the bytes to spare is a 0/1 knapsack, solved exactly by dynamic programming:
-linears come in a handful of sizes, all multiples of a common unit.
+weight more than at 4 in groups of 32, and saves what it loses there (`quantize.sensitivity`). Choosing the set that
+saves most within the bytes to spare is a 0/1 knapsack, solved exactly by dynamic programming: linears come in a
+handful of sizes, all multiples of a common unit.
 
 The savings are taken to add up. They do so nearly: every linear of stories260K at 4 bits costs 0.105 nats together
 and 0.090 in the sum of each alone; the curve shows predicted and measured side by side.
@@ -49,7 +50,8 @@ SCALE_BITS = 16
 """A scale is a bfloat16 to the phone's int4 kernel."""
 
 MOST_UNITS = 100_000
-"""Steps of the knapsack; beyond them sizes are rounded up, which leaves at most a linear's share of 1e-5 unspent."""
+"""Steps of the knapsack; where the room is more of them, sizes are rounded up: of each linear that is chosen, at most
+1e-5 of the room is lost."""
 
 DEFAULT_CONTEXT = 2048
 """Positions that the memory forecast is for where none are given; what `nanokit export` keeps by default."""
@@ -279,7 +281,7 @@ def choose_bits(
     rooms = sorted({room.extra_bytes, *(math.floor(share * sum(cost.values())) for share in CURVE)})
     sets = [choose(gain, cost, extra) for extra in rooms]
     mixes = [{name: eight_bits[name] if name in eight else grids[name] for name in cost} for eight in sets]
-    measured = measure_mixes(student, mixes, windows) or [None] * len(mixes)
+    measured: Sequence[float | None] = measure_mixes(student, mixes, windows) or [None] * len(mixes)
     points = []
     for extra, eight, mix, kl in zip(rooms, sets, mixes, measured, strict=True):
         bits, weights = linear_bits(student.shape, {**grids, **mix})

@@ -91,7 +91,7 @@ def output_slope(student: Student, hidden: Hidden, seed: int) -> torch.Tensor:
     real_P = (torch.arange(positions)[None] < length_S1).flatten()
     x_PD = hidden.x_STD.reshape(-1, width)
     slope_PD = torch.zeros_like(x_PD)
-    for rows in real_P.nonzero().flatten().split(max(1, LOGITS_AT_ONCE // len(head_VD))):
+    for rows in torch.split(real_P.nonzero().flatten(), max(1, LOGITS_AT_ONCE // len(head_VD))):
         x_rD = x_PD[rows].requires_grad_()
         normed_rD = x_rD * torch.rsqrt(x_rD.square().mean(-1, keepdim=True) + epsilon) * gain_D
         logits_rV = normed_rD @ head_VD.T

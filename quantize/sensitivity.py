@@ -62,7 +62,7 @@ def cut_short(windows: Sequence[torch.Tensor], tokens: int = TOKENS, length: int
 
     Pieces are taken from all windows alike, so that few long documents do not fill the quota.
     """
-    pieces = [list(window.split(length)) for window in windows]
+    pieces = [list(torch.split(window, length)) for window in windows]
     turns = [piece[i] for i in range(max(map(len, pieces))) for piece in pieces if i < len(piece)]
     whole = [piece for piece in turns if len(piece) == length] or turns
     return whole[: max(1, tokens // length)]
