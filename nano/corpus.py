@@ -1,12 +1,11 @@
 """Text for training, calibration and evaluation: documents from files, windows of token ids from documents.
 
-A file is JSON Lines when its first line is a JSON object (its "text" field is one document), else plain text
-(the whole file is one document): decided by content, never by name.
+What may be given is said in `nano.sources`, the formats in `nano.documents`. A conversation is rendered with the
+tokenizer's chat template (`nano.chat`).
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,73 +15,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nano.errors import BadFileError, RequestError
-from nano.folder import sha256_file
+from nano.chat import render_chat
+from nano.documents import Document
+from nano.errors import RequestError
+from nano.sources import open_sources
 from nano.tokens import TextTokenizer
 
 Ids = npt.NDArray[np.int64]
 MIN_WINDOW = 8
 
 
-def read_documents(paths: Sequence[Path]) -> list[str]:
-    """All documents of some files, in order.
+def read_documents(paths: Sequence[str | Path]) -> list[Document]:
+    """All documents of some sources, in order; each a text or a conversation.
 
     Raises:
-        BadFileError: a file is missing, empty, binary, or a JSON line has no "text".
+        BadFileError: a file is missing, empty, binary, or a record holds no text.
         RequestError: no file was given.
     """
-    if not paths:
-        raise RequestError("This needs text.", expected="--data FILE, a text or JSONL file (may be repeated)")
-    documents: list[str] = []
-    for path in paths:
-        documents += _read_file(path)
-    return documents
+    return [document for source in open_sources(paths) for part in source.parts for document in part.read()]
 
 
-def _read_file(path: Path) -> list[str]:
-    if not path.is_file():
-        raise BadFileError("There is no such text file.", found=str(path), todo="check the path")
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadFileError(
-            "A data file is not text.", found=f"{path}: {error}", expected="UTF-8 text or JSONL"
-        ) from None
-    if "\0" in text:
-        raise BadFileError(
-            "A data file is not text.", found=f"{path} contains NUL bytes", expected="UTF-8 text or JSONL"
-        )
-    if not text.strip():
-        raise BadFileError("A data file is empty.", found=str(path), expected="UTF-8 text or JSONL")
-    return _json_lines(path, text) if _is_json_object(text.lstrip().split("\n", 1)[0]) else [text]
-
-
-def _is_json_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
-        return False
-
-
-def _json_lines(path: Path, text: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadFileError("A JSONL file has a broken line.", found=f"{path}, line {number}: {error}") from None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise BadFileError(
-                "A JSONL record has no text.", found=f"{path}, line {number}", expected='an object with a string "text"'
-            )
-        if record["text"].strip():
-            documents.append(record["text"])
-    if not documents:
-        raise BadFileError("A JSONL file holds no text.", found=str(path))
-    return documents
+def encode_document(document: Document, tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:
+    """(ids that begin a window of it, its own ids): a conversation's template writes its own beginning."""
+    if isinstance(document, str):
+        return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]), tokenizer.encode(document)
+    texts = render_chat(document, tokenizer.template, tokenizer.special_tokens())
+    return [], tokenizer.encode(texts[-1].text)
 
 
 @dataclass(frozen=True)
@@ -102,23 +60,22 @@ class Windows:
 
 
 def cut_windows(
-    documents: Iterable[str], tokenizer: TextTokenizer, length: int, max_tokens: int | None = None
+    documents: Iterable[Document], tokenizer: TextTokenizer, length: int, max_tokens: int | None = None
 ) -> Windows:
     """Consecutive windows of at most `length` ids from each document, until `max_tokens` are to be predicted.
 
-    Every window starts with the beginning id, so each is a text of its own to the model; a document's tail
-    shorter than MIN_WINDOW is dropped.
+    Every window of a text starts with the beginning id, so each is a text of its own to the model; a document's
+    tail shorter than MIN_WINDOW is dropped.
 
     Raises:
         RequestError: the text is too short to give one window.
     """
-    head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     windows: list[Ids] = []
     total = 0
     for document in documents:
         if max_tokens is not None and total >= max_tokens:
             break
-        ids = tokenizer.encode(document)
+        head, ids = encode_document(document, tokenizer)
         step = length - len(head)
         for start in range(0, len(ids), step):
             piece = head + ids[start : start + step]
@@ -135,7 +92,9 @@ def cut_windows(
     return Windows(tuple(windows))
 
 
-def sample_windows(documents: Sequence[str], tokenizer: TextTokenizer, length: int, count: int, seed: int) -> Windows:
+def sample_windows(
+    documents: Sequence[Document], tokenizer: TextTokenizer, length: int, count: int, seed: int
+) -> Windows:
     """`count` windows for calibration: the documents shuffled by `seed`, full-length windows first.
 
     Fewer come back when the text does not hold that many; the caller says so to the user.
@@ -147,7 +106,10 @@ def sample_windows(documents: Sequence[str], tokenizer: TextTokenizer, length: i
     return Windows(tuple(ranked))
 
 
-def describe_data(paths: Sequence[Path], *, tokens: int, seed: int | None = None) -> dict[str, Any]:
+def describe_data(paths: Sequence[str | Path], *, tokens: int, seed: int | None = None) -> dict[str, Any]:
     """What a manifest records of the text that was used."""
-    files = [{"path": str(path), "sha256": sha256_file(path)} for path in paths]
+    files: list[dict[str, Any]] = []
+    for source in open_sources(paths) if paths else ():
+        weight = {} if source.weight is None else {"weight": source.weight}
+        files.append({"path": source.name, "sha256": source.fingerprint(), **weight})
     return {"files": files, "tokens": tokens, "seed": seed}

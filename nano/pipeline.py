@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from nano.errors import CheckFailedError, NanokitError, RequestError
-from nano.folder import human_bytes, sha256_file, write_text_atomically
+from nano.folder import human_bytes, write_text_atomically
 from nano.hub import resolve_model
 from nano.manifest import NAME as MANIFEST
 from nano.manifest import fingerprint, has_manifest, read_manifest
 from nano.progress import emit_json, say, show
 from nano.recipe import BUILTIN_TEACHER, BUILTIN_TEXT, Recipe, StudentWish, read_recipe
+from nano.sources import fingerprints
 from nano.version import __version__
 
 STATE = "build.json"
@@ -138,7 +139,7 @@ def _build_student(
 ) -> list[dict[str, Any]]:
     """One student all the way; a row for each of its artifacts."""
     recipe, home = build.recipe, build.out / wish.name
-    data_hashes = [sha256_file(p) for p in data]
+    data_hashes = fingerprints(data)
     student = home / "student"
     if wish.size == "teacher":
         student = teacher
@@ -159,7 +160,7 @@ def _build_student(
     rows.append(_evaluated(build, wish, home, "int4", int4, teacher, heldout))
     for format in recipe.formats:
         bundle = home / format
-        inputs = {"int4": fingerprint(int4), "options": recipe.export, "heldout": [sha256_file(p) for p in heldout]}
+        inputs = {"int4": fingerprint(int4), "options": recipe.export, "heldout": fingerprints(heldout)}
         _export_stage(build, format, bundle, int4, inputs, heldout)
         row = _evaluated(build, wish, home, format, bundle, teacher, heldout)
         rows.append({**row, **_checked(bundle, wish.profile)})
@@ -195,7 +196,7 @@ def _evaluated(
         write_text_atomically(target, json.dumps(scores.as_dict(), indent=2) + "\n")
 
     inputs = {"model": fingerprint(model), "teacher": fingerprint(teacher), "options": dataclasses.asdict(options)}
-    build.stage("evaluate", target, {**inputs, "heldout": [sha256_file(p) for p in heldout]}, make)
+    build.stage("evaluate", target, {**inputs, "heldout": fingerprints(heldout)}, make)
     scores = json.loads(target.read_text(encoding="utf-8"))
     size = sum(p.stat().st_size for p in model.rglob("*") if p.is_file())
     row = {"student": wish.name, "stage": stage, "path": str(model), "bytes": size, **scores}

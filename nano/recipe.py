@@ -168,9 +168,12 @@ def _places(raw: Mapping[str, Any], key: str, home: Path) -> tuple[str, ...]:
 
 
 def _place(value: str, home: Path) -> str:
-    """A path relative to the recipe where there is one; a hub id or a builtin as it stands."""
-    local = home / Path(value).expanduser()
-    return str(local) if local.exists() else value
+    """A path relative to the recipe where there is one, its weight kept; a hub id or a builtin as it stands."""
+    name, sign, weight = value.rpartition("=")
+    for path, rest in ((value, ""), (name, sign + weight)):
+        if path and (home / Path(path).expanduser()).exists():
+            return str(home / Path(path).expanduser()) + rest
+    return value
 
 
 def _check_keys(table: str, raw: Mapping[str, Any], known: set[str]) -> None:

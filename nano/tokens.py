@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nano.chat import ChatTemplate
 from nano.errors import BadFileError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-FILE = "tokenizer.json"
-FILES = (FILE, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+FILE, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+FILES = (FILE, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", TEMPLATE)
 """What belongs to a tokenizer and travels with every stage's output, where it exists."""
 
 
@@ -30,16 +31,22 @@ class TextTokenizer:
         backend: the `tokenizers.Tokenizer`.
         bos_id: id that begins a text, or None where the model was trained without one.
         eos_ids: ids that end generation.
+        template: how it writes conversations, or None.
     """
 
     backend: Tokenizer
     bos_id: int | None
     eos_ids: tuple[int, ...]
+    template: ChatTemplate | None = None
 
     @property
     def size(self) -> int:
         """One more than the largest id it can give."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts of its special tokens."""
+        return tuple(t.content for t in self.backend.get_added_tokens_decoder().values() if t.special)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special ids added."""
@@ -85,7 +92,9 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> TextTokenizer
         backend = _converted(folder)
     special = _read_json(folder / "tokenizer_config.json")
     model = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
-    tokenizer = TextTokenizer(backend, _bos_id(backend, special, model), _eos_ids(backend, special, model))
+    tokenizer = TextTokenizer(
+        backend, _bos_id(backend, special, model), _eos_ids(backend, special, model), _template(folder, special)
+    )
     if vocab_size is not None and tokenizer.size > vocab_size:
         raise BadFileError(
             "The tokenizer does not match the model.",
@@ -135,6 +144,20 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _token_id(backend: Tokenizer, token: Any) -> int | None:
     text = token.get("content") if isinstance(token, dict) else token
     return backend.token_to_id(text) if isinstance(text, str) else None
+
+
+def _template(folder: Path, special: dict[str, Any]) -> ChatTemplate | None:
+    """The chat template: a file of its own, or a text or a list of named texts in tokenizer_config.json."""
+    source = special.get("chat_template")
+    if isinstance(source, list):
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    if (folder / TEMPLATE).is_file():
+        source = (folder / TEMPLATE).read_text(encoding="utf-8")
+    if not isinstance(source, str):
+        return None
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in special.items()}
+    return ChatTemplate(source, {k: v for k, v in texts.items() if k.endswith("_token") and isinstance(v, str)})
 
 
 def _bos_id(backend: Tokenizer, special: dict[str, Any], model: dict[str, Any]) -> int | None:
