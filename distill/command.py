@@ -16,9 +16,9 @@ DEFAULT = DistillOptions()
 def distill(
     *,
     teacher: str,
-    student: str,
+    student: Annotated[tuple[str, ...], Parameter(negative=())],
     data: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative=())],
-    out: Path,
+    out: Annotated[tuple[Path, ...], Parameter(negative=())],
     options: Annotated[DistillOptions, Parameter(name="*")] = DEFAULT,
     resume: Annotated[bool, Parameter(negative=())] = False,
     force: Annotated[bool, Parameter(negative=())] = False,
@@ -34,11 +34,12 @@ def distill(
     teacher
         A float model: a folder, or a hub id (Llama, Qwen3, Gemma 3 text).
     student
-        nano-1, nano-2, or a number of parameters like 1.2B, 40M, 150k.
+        nano-1, nano-2, or a number of parameters like 1.2B, 40M, 150k. Several (--student A --student B, each
+        with its --out) are trained in one pass of the teacher.
     data
         Text to train on (plain text, or JSONL with "text"); may be repeated. A share is held out and measured.
     out
-        The folder to make.
+        The folder to make; one for each student.
     resume
         Go on with an interrupted run.
     force
@@ -47,17 +48,26 @@ def distill(
         Print one JSON object on stdout; everything for people goes to stderr.
     """
     from distill.request import check_request
-    from distill.run import run_distill
+    from distill.run import run_distill_many
+    from nano.errors import RequestError
     from nano.hub import resolve_model
     from nano.progress import emit_json
 
+    if len(student) != len(out):
+        raise RequestError(
+            "Every student needs an output of its own.", found=f"{len(student)} --student, {len(out)} --out"
+        )
     check_request(data, out, force=force, resume=resume)
-    manifest = run_distill(resolve_model(teacher), student, data, out, options, force, resume=resume)
-    size = sum(entry["bytes"] for entry in manifest.files.values())
+    wanted = list(zip(student, out, strict=True))
+    made = run_distill_many(resolve_model(teacher), wanted, data, options, force, resume=resume)
+    records = []
+    for (_student, folder), manifest in zip(wanted, made, strict=True):
+        size = sum(entry["bytes"] for entry in manifest.files.values())
+        records.append({"out": str(folder), "bytes": size, "shape": manifest.shape, **manifest.results})
+        if not json:
+            _show(manifest.results, folder, size)
     if json:
-        emit_json({"out": str(out), "bytes": size, "shape": manifest.shape, **manifest.results})
-        return
-    _show(manifest.results, out, size)
+        emit_json(records[0] if len(records) == 1 else {"students": records})
 
 
 def _show(results: Mapping[str, Any], out: Path, size: int) -> None:

@@ -1,29 +1,32 @@
 """Distillation's loss from hidden states, in chunks of tokens: full-vocabulary logits never exist at once.
 
-Over N positions, with z = h W^T the logits, p = softmax(z / temperature):
+Over N positions, with z = h W^T the student's logits and t the temperature:
 
-    loss = kd_weight * temperature^2 * sum_N KL(p_teacher || p_student)  +  ce_weight * sum_N' -log softmax(z)[target]
+    loss = kd_weight * t^2 * sum_N divergence(softmax(teacher's z / t), softmax(z / t))
+           + ce_weight * sum_N' -log softmax(z)[target]
 
 (Hinton et al., arXiv 1503.02531; the square keeps the gradient's size independent of the temperature). The
-gradient in the student's logits is known in closed form,
+gradients in z are known in closed form (`distill.divergences`), so each chunk's share of the gradients in h and W
+is added up in the forward pass and its logits are dropped before the next chunk: memory is (chunk x V), not
+(N x V). The idea is that of Liger-Kernel's fused linear losses.
 
-    dloss/dz = kd_weight * temperature * (p_student - p_teacher) + ce_weight * (softmax(z) - onehot(target)),
-
-so each chunk's share of the gradients in h and W is added up in the forward pass and its logits are dropped
-before the next chunk: memory is (chunk x V), not (N x V). The idea is that of Liger-Kernel's fused linear losses.
+What the teacher says of the positions comes as `Answers`; here are those of a teacher that runs (`DenseAnswers`).
 
 Legend: N positions, C positions of a chunk, D and E hidden widths of student and teacher, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from distill.data import NO_TARGET
+from distill.divergences import divergence
+from distill.options import Divergence
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits of a chunk: 16 MiB in float32 for each of the few arrays, near what a core's caches and TLBs like."""
@@ -34,24 +37,97 @@ class Mix:
     """What the loss is made of.
 
     Attributes:
-        kd_weight: multiplies the summed KL (the kd share over the positions of an optimizer step).
+        kd_weight: multiplies the summed divergence (the kd share over the positions of an optimizer step).
         ce_weight: multiplies the summed cross-entropy.
-        temperature: divides both models' logits in the KL.
-        dtype: of the products with the heads; everything else is float32.
+        temperature: divides both models' logits in the divergence.
+        dtype: of the products with the heads; everything else is float32 (float64 where this is).
+        kind: which divergence.
+        beta: the teacher's share in the divergence's mixture, where it has one.
     """
 
     kd_weight: float
     ce_weight: float
     temperature: float = 1.0
     dtype: torch.dtype = torch.float32
+    kind: Divergence = "forward"
+    beta: float = 0.5
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Precision of softmax and sums within a chunk."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over positions, in nats, as 0-d tensors: what is reported (the KL at the mix's temperature)."""
+    """Sums over positions, in nats, as 0-d tensors: what is reported (the divergence at the mix's temperature)."""
 
     kl: torch.Tensor
     ce: torch.Tensor
+
+
+class Answers(Protocol):
+    """What a teacher says of a batch's positions."""
+
+    @property
+    def layers(self) -> Mapping[int, torch.Tensor]:
+        """Outputs of some of its layers, (N, E), for hidden-state matching; empty where there are none."""
+
+    def chunk(
+        self, at: slice, logits_CV: torch.Tensor, target_C: torch.Tensor, mix: Mix
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Summed divergence, summed cross-entropy, and the loss's gradient in a chunk's logits, (C, V).
+
+        Args:
+            at: which positions.
+            logits_CV: the student's, in `mix.wide`; may be overwritten.
+            target_C: next ids, `NO_TARGET` where there is none.
+            mix: weights, temperature, divergence.
+        """
+
+
+@dataclass(frozen=True)
+class DenseAnswers:
+    """A running teacher's: hidden states and its head, over the student's vocabulary."""
+
+    hidden_NE: torch.Tensor
+    head_VE: torch.Tensor
+    layers: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    def chunk(
+        self, at: slice, logits_CV: torch.Tensor, target_C: torch.Tensor, mix: Mix
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `Answers.chunk`."""
+        teacher_CV = F.linear(self.hidden_NE[at].to(mix.dtype), self.head_VE.to(mix.dtype)).to(mix.wide)
+        t = mix.temperature
+        log_q_CV = F.log_softmax(logits_CV / t if t != 1.0 else logits_CV, -1)
+        log_p_CV = F.log_softmax(teacher_CV / t if t != 1.0 else teacher_CV, -1)
+        total, grad_CV = divergence(mix.kind, mix.beta, log_p_CV, log_q_CV)
+        del log_p_CV, teacher_CV
+        grad_CV *= mix.kd_weight * t
+        log_q1_CV = log_q_CV if t == 1.0 else F.log_softmax(logits_CV, -1)
+        return total, add_cross_entropy(grad_CV, log_q1_CV, target_C, mix.ce_weight), grad_CV
+
+
+def add_cross_entropy(
+    grad_CV: torch.Tensor, log_q_CV: torch.Tensor, target_C: torch.Tensor, weight: float
+) -> torch.Tensor:
+    """The summed cross-entropy; weight times its gradient, softmax - onehot, is added to `grad_CV`.
+
+    Args:
+        grad_CV: changed in place.
+        log_q_CV: the student's log-softmax at temperature 1; overwritten.
+        target_C: `NO_TARGET` where there is none.
+        weight: of the cross-entropy.
+    """
+    has_C = target_C != NO_TARGET
+    safe_C1 = target_C.clamp(min=0).unsqueeze(1)
+    ce = -(log_q_CV.gather(1, safe_C1).squeeze(1) * has_C).sum()
+    if weight:
+        weight_C1 = (has_C.to(grad_CV.dtype) * weight).unsqueeze(1)
+        grad_CV.addcmul_(log_q_CV.exp_(), weight_C1)
+        grad_CV.scatter_add_(1, safe_C1, -weight_C1)
+    return ce
 
 
 def chunk_length(vocab_size: int) -> int:
@@ -60,25 +136,18 @@ def chunk_length(vocab_size: int) -> int:
 
 
 def distillation_loss(
-    hidden_ND: torch.Tensor,
-    head_VD: torch.Tensor,
-    teacher_hidden_NE: torch.Tensor,
-    teacher_head_VE: torch.Tensor,
-    target_N: torch.Tensor,
-    mix: Mix,
+    hidden_ND: torch.Tensor, head_VD: torch.Tensor, answers: Answers, target_N: torch.Tensor, mix: Mix
 ) -> tuple[torch.Tensor, Sums]:
     """The loss above and the sums it is made of; gradients flow to `hidden_ND` and `head_VD`.
 
     Args:
         hidden_ND: the student's hidden states before its head.
         head_VD: the student's head.
-        teacher_hidden_NE: the teacher's hidden states.
-        teacher_head_VE: the teacher's head, over the same vocabulary.
-        target_N: next ids; `NO_TARGET` where there is none (the KL counts there all the same).
-        mix: weights, temperature and precision.
+        answers: the teacher's, of the same positions.
+        target_N: next ids; `NO_TARGET` where there is none (the divergence counts there all the same).
+        mix: weights, temperature, divergence and precision.
     """
-    arguments = (hidden_ND, head_VD, teacher_hidden_NE, teacher_head_VE, target_N, mix)
-    loss, kl, ce = _ChunkedLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+    loss, kl, ce = _ChunkedLoss.apply(hidden_ND, head_VD, answers, target_N, mix)  # type: ignore[no-untyped-call]
     return loss, Sums(kl, ce)
 
 
@@ -87,15 +156,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        head_VD: torch.Tensor,
-        teacher_hidden_NE: torch.Tensor,
-        teacher_head_VE: torch.Tensor,
-        target_N: torch.Tensor,
-        mix: Mix,
+        ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, answers: Answers, target_N: torch.Tensor, mix: Mix
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        head, teacher_head = head_VD.to(mix.dtype), teacher_head_VE.to(mix.dtype)
+        head = head_VD.to(mix.dtype)
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_head_VD = torch.zeros_like(head_VD)
         kl = hidden_ND.new_zeros((), dtype=torch.float64)
@@ -103,9 +166,8 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(target_N), chunk_length(len(head))):
             at = slice(start, start + chunk_length(len(head)))
             hidden_CD = hidden_ND[at].to(mix.dtype)
-            logits_CV = F.linear(hidden_CD, head).float()
-            teacher_logits_CV = F.linear(teacher_hidden_NE[at].to(mix.dtype), teacher_head).float()
-            chunk_kl, chunk_ce, grad_CV = _chunk(logits_CV, teacher_logits_CV, target_N[at], mix)
+            logits_CV = F.linear(hidden_CD, head).to(mix.wide)
+            chunk_kl, chunk_ce, grad_CV = answers.chunk(at, logits_CV, target_N[at], mix)
             kl += chunk_kl
             ce += chunk_ce
             grad_CV = grad_CV.to(mix.dtype)
@@ -114,13 +176,13 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.gradients = (grad_hidden_ND, grad_head_VD)  # neither inputs nor outputs, so not for save_for_backward
         ctx.mark_non_differentiable(kl, ce)
         loss = mix.kd_weight * mix.temperature**2 * kl + mix.ce_weight * ce
-        return loss.float(), kl, ce
+        return loss.to(mix.wide), kl, ce
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         grad_hidden_ND, grad_head_VD = ctx.gradients
         del ctx.gradients  # scaled in place: V x D more floats would be most of a small student's memory
-        return grad_hidden_ND.mul_(grads[0]), grad_head_VD.mul_(grads[0]), None, None, None, None
+        return grad_hidden_ND.mul_(grads[0]), grad_head_VD.mul_(grads[0]), None, None, None
 
 
 def _accumulate(grad_head_VD: torch.Tensor, grad_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
@@ -129,36 +191,6 @@ def _accumulate(grad_head_VD: torch.Tensor, grad_CV: torch.Tensor, hidden_CD: to
         grad_head_VD.addmm_(grad_CV.T, hidden_CD)
     else:
         grad_head_VD += grad_CV.T @ hidden_CD
-
-
-def _chunk(
-    logits_CV: torch.Tensor, teacher_logits_CV: torch.Tensor, target_C: torch.Tensor, mix: Mix
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed KL, summed cross-entropy and the loss's gradient in a chunk's logits, (C, V).
-
-    At temperature 1 one softmax of the student serves both parts.
-    """
-    t = mix.temperature
-    log_q_CV = F.log_softmax(logits_CV / t if t != 1.0 else logits_CV, -1)
-    log_p_CV = F.log_softmax(teacher_logits_CV / t if t != 1.0 else teacher_logits_CV, -1)
-    p_CV = log_p_CV.exp()
-    log_p_CV -= log_q_CV
-    kl = torch.dot(p_CV.view(-1), log_p_CV.view(-1))
-    has_C = target_C != NO_TARGET
-    safe_C1 = target_C.clamp(min=0).unsqueeze(1)
-    log_q1_CV = log_q_CV if t == 1.0 else F.log_softmax(logits_CV, -1)
-    ce = -(log_q1_CV.gather(1, safe_C1).squeeze(1) * has_C).sum()
-    if t == 1.0:
-        grad_CV = log_q_CV.exp_()
-        grad_CV *= (mix.kd_weight + mix.ce_weight * has_C).unsqueeze(1)
-    else:
-        grad_CV = log_q_CV.exp_().mul_(mix.kd_weight * t)
-        if mix.ce_weight:
-            grad_CV += log_q1_CV.exp_().mul_((mix.ce_weight * has_C).unsqueeze(1))
-    grad_CV.sub_(p_CV, alpha=mix.kd_weight * t)
-    if mix.ce_weight:
-        grad_CV.scatter_add_(1, safe_C1, (-mix.ce_weight * has_C).to(grad_CV.dtype).unsqueeze(1))
-    return kl, ce, grad_CV
 
 
 @dataclass(frozen=True)

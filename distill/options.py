@@ -8,6 +8,12 @@ from typing import Literal
 
 from nano.errors import RequestError
 
+Divergence = Literal["forward", "reverse", "jsd", "skew", "skew-reverse"]
+"""See `distill.divergences`."""
+
+DEFAULT_BETA = {"jsd": 0.5, "skew": 0.1, "skew-reverse": 0.1}
+"""Jensen and Shannon's own; DistiLLM's choice (arXiv 2402.03898, section 4.1)."""
+
 
 @dataclass(frozen=True)
 class DistillOptions:
@@ -23,8 +29,15 @@ class DistillOptions:
         final_rate: learning rate at the end, as a share of the peak; it falls linearly.
         weight_decay: AdamW's, on matrices only.
         clip: largest norm of the gradient.
-        temperature: divides both models' logits in the KL divergence.
-        kd: weight of KL(teacher || student); the rest, 1 - kd, is on the text's own next tokens.
+        temperature: divides both models' logits in the divergence.
+        kd: weight of the divergence from the teacher; the rest, 1 - kd, is on the text's own next tokens.
+        divergence: "forward" is KL(teacher || student), "reverse" KL(student || teacher), "jsd" the generalised
+            Jensen-Shannon divergence; "skew" and "skew-reverse" are KL from teacher or student to their mixture.
+        beta: the teacher's share in that mixture; 0 means 0.5 for jsd and 0.1 for skew and skew-reverse.
+        match: weight of matching the outputs of the student's layers, through a learned projection, to those of
+            the teacher's layers they came from; 0 does not.
+        on_policy: share of sequences that the student continues itself, scored by the teacher; 0 trains on text only.
+        prompt: tokens of text that such a continuation starts from.
         layers: "damage" drops layers by what their absence measurably does, "influence" by block influence (faster).
         refit: fit the linears whose inputs were cut to the teacher's by least squares.
         start: "pruned" cuts the teacher's weights, "random" begins anew.
@@ -48,6 +61,11 @@ class DistillOptions:
     clip: float = 1.0
     temperature: float = 1.0
     kd: float = 0.8
+    divergence: Divergence = "forward"
+    beta: float = 0.0
+    match: float = 0.0
+    on_policy: float = 0.0
+    prompt: int = 32
     layers: Literal["damage", "influence"] = "damage"
     refit: bool = True
     start: Literal["pruned", "random"] = "pruned"
@@ -64,7 +82,8 @@ class DistillOptions:
         for name, low, high in (
             ("steps", 0, math.inf), ("batch", 1, math.inf), ("micro_batch", 0, self.batch), ("length", 8, math.inf),
             ("learning_rate", 0, 1), ("warmup", 0, 1), ("final_rate", 0, 1), ("weight_decay", 0, 10),
-            ("clip", 1e-6, math.inf), ("temperature", 1e-2, 100), ("kd", 0, 1), ("seed", 0, 2**63),
+            ("clip", 1e-6, math.inf), ("temperature", 1e-2, 100), ("kd", 0, 1), ("beta", 0, 1),
+            ("match", 0, 1e6), ("on_policy", 0, 1), ("prompt", 1, math.inf), ("seed", 0, 2**63),
             ("held_out", 1e-4, 0.9), ("eval_tokens", 64, math.inf), ("eval_every", 0, math.inf),
             ("calibration_tokens", 64, math.inf), ("save_every", 0, math.inf),
         ):  # fmt: skip
@@ -73,6 +92,25 @@ class DistillOptions:
                 raise RequestError(
                     f"--{name.replace('_', '-')} is out of range.", found=str(value), expected=f"{low} to {high}"
                 )
+
+        if self.beta == 1 or (self.beta and self.divergence not in DEFAULT_BETA):
+            raise RequestError(
+                "--beta does not go with this divergence.",
+                found=f"--divergence {self.divergence} --beta {self.beta:g}",
+                expected="--beta above 0 and below 1, with " + ", ".join(DEFAULT_BETA),
+                todo="--divergence forward and reverse are its two limits",
+            )
+        if self.on_policy and self.prompt > self.length - 8:
+            raise RequestError(
+                "The prompt leaves no room for a continuation.",
+                found=f"--prompt {self.prompt}",
+                expected=f"at most {self.length - 8}, eight less than --length",
+            )
+
+    @property
+    def mixture(self) -> float:
+        """The teacher's share in the divergence's mixture, b of `distill.divergences`."""
+        return self.beta or DEFAULT_BETA.get(self.divergence, 0.5)
 
     def peak_rate(self, hidden_size: int) -> float:
         """The peak learning rate for a student of width D."""

@@ -36,6 +36,7 @@ class Job:
         data: files of text.
         options: how to train.
         identity: everything the result depends on; a state of another identity is not resumed.
+        endings: ids that end a text.
     """
 
     teacher: Path
@@ -47,34 +48,41 @@ class Job:
     data: tuple[Path, ...]
     options: DistillOptions
     identity: Mapping[str, Any]
+    endings: tuple[int, ...] = ()
 
 
-def check_request(data: Sequence[Path], out: Path, *, force: bool, resume: bool | None) -> None:
+def check_request(data: Sequence[Path], outs: Sequence[Path], *, force: bool, resume: bool | None) -> None:
     """What can be refused without reading anything.
 
     Raises:
         RequestError: no text, an output or an unfinished run in the way, or nothing to resume.
     """
-    check_output(out, force=force)
+    if len({out.absolute() for out in outs}) < len(outs):
+        raise RequestError("Two students would be written to one folder.", found=", ".join(map(str, outs)))
+    for out in outs:
+        check_output(out, force=force)
     if not data:
         raise RequestError("Training needs text.", expected="--data FILE, a text or JSONL file (may be repeated)")
-    state = StateFolder(checkpoint_folder(out))
-    if resume and not state.exists():
+    states = [StateFolder(checkpoint_folder(out)) for out in outs]
+    if resume and not any(state.exists() for state in states):
         raise RequestError(
             "There is no interrupted run to resume.",
-            found=f"no state in {state.folder}",
+            found=f"no state in {states[0].folder}",
             todo="leave --resume out, or check --out",
         )
-    if resume is False and state.exists() and not force:
-        raise OutputExistsError(
-            "An interrupted run of this output is kept.",
-            found=str(state.folder),
-            todo="--resume goes on with it (with the same options); --force starts over",
-        )
+    for state in states:
+        if resume is False and state.exists() and not force:
+            raise OutputExistsError(
+                "An interrupted run of this output is kept.",
+                found=str(state.folder),
+                todo="--resume goes on with it (with the same options); --force starts over",
+            )
 
 
-def prepare(teacher: Path, student: str | ModelShape, data: Sequence[Path], options: DistillOptions) -> Job:
-    """Check the teacher, the text and the shape against each other.
+def prepare(
+    teacher: Path, students: Sequence[str | ModelShape], data: Sequence[Path], options: DistillOptions
+) -> list[Job]:
+    """Check the teacher, the text and the shapes against each other; a job for each student.
 
     Raises:
         RequestError and its kinds.
@@ -93,14 +101,16 @@ def prepare(teacher: Path, student: str | ModelShape, data: Sequence[Path], opti
             found=f"--length {options.length}",
             expected=f"at most {shape.max_positions}",
         )
-    target = student if isinstance(student, ModelShape) else solve_student(shape, student)
-    check_shapes(shape, target, start=options.start)
+    targets = [s if isinstance(s, ModelShape) else solve_student(shape, s) for s in students]
+    for target in targets:
+        check_shapes(shape, target, start=options.start)
     documents = read_documents(data)
     from nano.torch_lm import check_float_folder
 
     check_float_folder(teacher)
     tokenizer = load_tokenizer(teacher, shape.vocab_size)
-    say(f"student: {describe(target)}")
+    for target in targets:
+        say(f"student: {describe(target)}")
     training, held = split_documents(documents, options.held_out, options.seed)
     if not training or not held:
         raise RequestError(
@@ -113,8 +123,15 @@ def prepare(teacher: Path, student: str | ModelShape, data: Sequence[Path], opti
         warn(f"the text is repeated {epochs:.0f} times; give more text or fewer --steps")
     seen = f"{rows.tokens:,} tokens in {len(rows):,} sequences, seen {epochs:.1f} times"
     say(f"text: {seen}; {held_out.tokens:,} held out")
-    identity = _identity(teacher, target, data, options)
-    return Job(teacher, config, shape, target, rows, held_out, tuple(data), options, identity)
+    endings = tokenizer.eos_ids if tokenizer.bos_id is None else (*tokenizer.eos_ids, tokenizer.bos_id)
+    shared = _identity(teacher, data, options)
+    return [
+        Job(
+            teacher, config, shape, target, rows, held_out, tuple(data), options,
+            {**shared, "shape": json.loads(json.dumps(dataclasses.asdict(target)))}, endings,
+        )
+        for target in targets
+    ]  # fmt: skip
 
 
 def check_shapes(teacher: ModelShape, student: ModelShape, start: str = "pruned") -> None:
@@ -158,8 +175,8 @@ def describe(shape: ModelShape) -> str:
     )
 
 
-def _identity(teacher: Path, shape: ModelShape, data: Sequence[Path], options: DistillOptions) -> dict[str, Any]:
+def _identity(teacher: Path, data: Sequence[Path], options: DistillOptions) -> dict[str, Any]:
     settings = {k: v for k, v in dataclasses.asdict(options).items() if k != "save_every"}
     files = [entry["sha256"] for entry in describe_data(data, tokens=0)["files"]]
-    plain = {"teacher": fingerprint(teacher), "shape": dataclasses.asdict(shape), "data": files, **settings}
+    plain = {"teacher": fingerprint(teacher), "data": files, **settings}
     return dict(json.loads(json.dumps(plain)))

@@ -24,35 +24,57 @@ def run_distill(
     *,
     resume: bool | None = False,
 ) -> Manifest:
-    """Make a student folder.
+    """Make a student folder; see `run_distill_many`.
+
+    Args:
+        student: "nano-1", "nano-2", a size like "150k", or a shape.
+        out: the folder to make.
+    """
+    return run_distill_many(teacher, [(student, out)], data, options, force, resume=resume)[0]
+
+
+def run_distill_many(
+    teacher: Path,
+    students: Sequence[tuple[str | ModelShape, Path]],
+    data: Sequence[Path],
+    options: DistillOptions,
+    force: bool = False,
+    *,
+    resume: bool | None = False,
+) -> list[Manifest]:
+    """Make several students of one teacher in one pass: it runs once for all of them.
+
+    Each comes out as it would alone, bit for bit.
 
     Args:
         teacher: a float HF folder.
-        student: "nano-1", "nano-2", a size like "150k", or a shape.
+        students: what to make and the folder to make it in.
         data: text files.
-        out: the folder to make.
         options: how to cut and train.
-        force: replace `out` once the new one is whole.
-        resume: go on from the state beside `out`; None does so where that state is of this very run, and else
+        force: replace the outputs once the new ones are whole.
+        resume: go on from the states beside the outputs; None does so where a state is of this very run, and else
             starts over.
 
     Raises:
         RequestError and its kinds: something about the request is wrong; nothing was written.
-        WorkError and its kinds: training failed; the last good state is kept beside `out`.
+        WorkError and its kinds: training failed; the last good states are kept beside the outputs.
     """
-    check_request(data, out, force=force, resume=resume)
-    job = prepare(teacher, student, data, options)
-    from distill.work import work
+    states = [StateFolder(checkpoint_folder(out)) for _student, out in students]
+    check_request(data, [out for _student, out in students], force=force, resume=resume)
+    jobs = prepare(teacher, [student for student, _out in students], data, options)
+    from distill.work import Assignment, work
 
-    state = StateFolder(checkpoint_folder(out))
-    resuming = _may_resume(state, job, resume)
-    parameters = job.shape.num_parameters
-    require_space(out, 4 * parameters * (7 if options.steps else 1))  # two states of three floats, and the student
+    assignments = []
+    for (_student, out), job, state in zip(students, jobs, states, strict=True):
+        assignments.append(Assignment(job, state, out, _may_resume(state, job, resume)))
+        floats = 4 * job.shape.num_parameters
+        require_space(out, floats * (7 if options.steps else 1))  # two states of three floats, and the student
     try:
-        return work(job, state, out, resuming, force)
+        return work(assignments, force)
     finally:
-        if not state.exists():
-            state.drop()
+        for state in states:
+            if not state.exists():
+                state.drop()
 
 
 def _may_resume(state: StateFolder, job: Job, resume: bool | None) -> bool:

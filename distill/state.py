@@ -83,8 +83,20 @@ class StateFolder:
                 "The checkpoint cannot be read.", found=f"{path}: {error}", todo="start over with --force"
             ) from None
 
-    def save(self, step: int, model: Any, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        parameters: Mapping[str, torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        facts: Mapping[str, Any],
+    ) -> None:
         """Write the state after `step` steps in place of the one before.
+
+        Args:
+            step: optimizer steps done.
+            parameters: everything that is trained, by name.
+            optimizer: holds their moments.
+            facts: plain data to keep with it.
 
         Raises:
             NoSpaceError: the disk is full; the state before is still there.
@@ -92,7 +104,7 @@ class StateFolder:
         from safetensors.torch import save_file
 
         tensors = {}
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             tensors[f"weight.{name}"] = parameter.detach()
             for moment in ("exp_avg", "exp_avg_sq"):
                 if parameter in optimizer.state:
@@ -117,7 +129,7 @@ class StateFolder:
             todo=kept if self.exists() else "free some space, or choose another --out",
         )
 
-    def restore(self, model: Any, optimizer: torch.optim.AdamW) -> None:
+    def restore(self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.AdamW) -> None:
         """Put the saved weights and moments back, bit for bit."""
         import torch
         from safetensors.torch import load_file
@@ -125,7 +137,7 @@ class StateFolder:
         step = self.header().step
         saved = load_file(self.folder / STATE)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in parameters.items():
                 parameter.copy_(saved[f"weight.{name}"])
                 if f"exp_avg.{name}" in saved:
                     optimizer.state[parameter] = {

@@ -1,8 +1,8 @@
-"""The teacher's side of training: something that turns a student's hidden states into a loss.
+"""The teacher's side of training: something that answers a batch of text, once for all students.
 
-The loop knows a teacher only by `Teacher.loss`, so a teacher read from disk can stand where a live one does.
+The loop knows a teacher only by `Teacher.answers`, so a teacher read from disk can stand where a live one does.
 
-Legend: N positions that carry a token, D hidden width of the student, V vocabulary.
+Legend: N positions that carry a token, E hidden width of the teacher.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from distill.data import Batch
-from distill.losses import Comparison, Mix, Sums, compare, distillation_loss
+from distill.losses import Answers, Comparison, DenseAnswers, compare
+from distill.match import states_and_layers
 from distill.models import head_weight, hidden_states
 from nano.shapes import ModelShape
 from nano.torch_lm import load_float
@@ -23,8 +24,8 @@ from nano.torch_lm import load_float
 class Teacher(Protocol):
     """What a student is trained against."""
 
-    def loss(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, batch: Batch, mix: Mix) -> tuple[torch.Tensor, Sums]:
-        """The student's loss on a batch, and the sums to report; see `distill.losses.distillation_loss`."""
+    def answers(self, batch: Batch) -> Answers:
+        """What it says of a batch's positions."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,18 @@ class LiveTeacher:
     Attributes:
         model: transformers' model, without gradients.
         shape: its dimensions.
+        watched: layers whose outputs students are matched with.
     """
 
     model: Any
     shape: ModelShape
+    watched: tuple[int, ...] = ()
 
-    def loss(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, batch: Batch, mix: Mix) -> tuple[torch.Tensor, Sums]:
-        """See `Teacher.loss`. The teacher runs even where the mix gives its KL no weight: the KL is reported."""
+    def answers(self, batch: Batch) -> DenseAnswers:
+        """See `Teacher.answers`."""
         with torch.inference_mode():
-            teacher_hidden_NE = hidden_states(self.model, self.shape, batch)
-        return distillation_loss(hidden_ND, head_VD, teacher_hidden_NE, head_weight(self.model), batch.target_N, mix)
+            hidden_NE, layers = states_and_layers(self.model, self.shape, batch, self.watched)
+        return DenseAnswers(hidden_NE, head_weight(self.model), layers)
 
     def compare(self, student: Any, shape: ModelShape, batches: list[Batch]) -> Comparison:
         """How a student compares with this teacher on held-out text, both in their own precision."""

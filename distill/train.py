@@ -1,23 +1,28 @@
-"""The loop: AdamW on the student's float32 weights, one teacher, a deterministic order, a state that survives.
+"""The loop: AdamW on each student's float32 weights, one teacher for all, a deterministic order, states that survive.
 
-What a step does depends on its number, the text, the options and the weights alone (no random numbers are drawn
-while training), so a run that was killed and resumed ends with the same bits as one that was not.
+What a step does depends on its number, the text, the options and the weights alone (every random number is a
+function of seed, step and row), so a run that was killed and resumed ends with the same bits as one that was not.
+
+Several students see the same batches, and the teacher runs once for all of them. Each keeps a state of its own;
+where a kill left one further than another, the one ahead waits until the other has caught up.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from distill.data import Batch, Rows, make_batch, row_order
-from distill.losses import Mix
-from distill.models import head_weight, hidden_states
+from distill.losses import Answers, Mix, distillation_loss
+from distill.match import Matcher, states_and_layers
+from distill.models import head_weight
+from distill.onpolicy import RowNumbers, continued, prompt_length, split_step
 from distill.options import DistillOptions
 from distill.state import Interruption, StateFolder, catch_interrupt
 from distill.teacher import Teacher
@@ -33,41 +38,71 @@ FUSED_OPTIMIZER = True
 
 
 @dataclass(frozen=True)
-class Training:
-    """What a run works with.
+class Pupil:
+    """A student in training.
 
     Attributes:
-        model: the student, float32.
+        model: its transformers model, float32.
         shape: its dimensions.
-        teacher: what it is trained against.
-        rows: the training text.
-        options: how.
         state: where its state is kept.
         facts: plain data kept with the state, so that a resumed run knows what came before.
         measure: figures on held-out text.
-        device: where both models lie.
+        matcher: for hidden-state matching, where it is wanted.
+        resume: go on from the state.
     """
 
     model: Any
     shape: ModelShape
-    teacher: Teacher
-    rows: Rows
-    options: DistillOptions
     state: StateFolder
     facts: dict[str, Any]
     measure: Callable[[], Mapping[str, Any]]
-    device: str
+    matcher: Matcher | None = None
+    resume: bool = False
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """All that is trained, by name."""
+        own = dict(self.model.named_parameters())
+        return {**own, **{f"match.{n}": p for n, p in self.matcher.named_parameters()}} if self.matcher else own
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """Means per position in nats, before the step's update."""
+class Training:
+    """What a run works with.
 
-    loss: float
-    kl: float
-    ce: float
-    gradient_norm: float
-    tokens: int
+    Attributes:
+        pupils: the students.
+        teacher: what they are trained against.
+        rows: the training text.
+        options: how.
+        device: where all models lie.
+        endings: ids that end a text, for continuations.
+    """
+
+    pupils: tuple[Pupil, ...]
+    teacher: Teacher
+    rows: Rows
+    options: DistillOptions
+    device: str
+    endings: tuple[int, ...] = ()
+
+
+@dataclass
+class Seat:
+    """A student's place in the loop: its optimizer, how far it is, and what the step under way has given so far."""
+
+    pupil: Pupil
+    optimizer: torch.optim.AdamW
+    step: int = 0
+    own: list[Batch] = field(default_factory=list)
+    mix: Mix = Mix(0.0, 0.0)  # noqa: RUF009
+    positions: int = 0
+    targets: int = 0
+    loss: float = 0.0
+    kl: float = 0.0
+    ce: float = 0.0
+    match: float = 0.0
+    norm: float = 0.0
 
 
 def learning_rate(options: DistillOptions, hidden_size: int, step: int) -> float:
@@ -79,135 +114,191 @@ def learning_rate(options: DistillOptions, hidden_size: int, step: int) -> float
     return peak * (1 - done * (1 - options.final_rate))
 
 
-def make_optimizer(model: Any, options: DistillOptions) -> torch.optim.AdamW:
+def make_optimizer(parameters: Sequence[torch.nn.Parameter], options: DistillOptions) -> torch.optim.AdamW:
     """AdamW; norms are not decayed."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=FUSED_OPTIMIZER)
 
 
-def train(run: Training, resume: bool) -> float:
-    """Train to the last step; the state after it is kept.
-
-    Args:
-        run: what to work with; `run.model` is trained in place.
-        resume: go on from the state in `run.state`.
-
-    Returns:
-        seconds spent in steps, earlier sittings included.
+def train(run: Training) -> None:
+    """Train all students in place to the last step; their states after it are kept.
 
     Raises:
-        WorkError: the loss or its gradient is not finite any more.
+        WorkError: a loss or its gradient is not finite any more.
         NoSpaceError: the disk filled up.
-        KeyboardInterrupt: the user stopped it; the state was kept.
+        KeyboardInterrupt: the user stopped it; the states were kept.
     """
-    optimizer = make_optimizer(run.model, run.options)
-    start = 0
-    if resume:
-        saved = run.state.header()
-        run.state.restore(run.model, optimizer)
-        run.state.cut_metrics(int(saved.facts["metrics_bytes"]))
-        start = saved.step
+    seats = [_seat(pupil, run.options) for pupil in run.pupils]
+    start = min(seat.step for seat in seats)
+    if any(pupil.resume for pupil in run.pupils):
         say(f"resuming after step {start} of {run.options.steps}")
     with catch_interrupt() as stop, track("distill", run.options.steps - start, "steps") as progress:
-        return _steps(run, optimizer, start, stop, progress.advance)
+        _steps(run, seats, start, stop, progress.advance)
+
+
+def _seat(pupil: Pupil, options: DistillOptions) -> Seat:
+    seat = Seat(pupil, make_optimizer(list(pupil.parameters.values()), options))
+    if pupil.resume:
+        saved = pupil.state.header()
+        pupil.state.restore(pupil.parameters, seat.optimizer)
+        pupil.state.cut_metrics(int(saved.facts["metrics_bytes"]))
+        seat.step = saved.step
+    return seat
 
 
 def _steps(
-    run: Training,
-    optimizer: torch.optim.AdamW,
-    start: int,
-    stop: Interruption,
-    advance: Callable[[int, str], None],
-) -> float:
+    run: Training, seats: list[Seat], start: int, stop: Interruption, advance: Callable[[int, str], None]
+) -> None:
     options = run.options
-    spent, tokens = float(run.facts.get("seconds", 0.0)), int(run.facts.get("tokens", 0))
-    last_saved, began = time.monotonic(), time.monotonic()
-    sitting_tokens = 0
+    last_saved, began, sitting_tokens = time.monotonic(), time.monotonic(), 0
     for step in range(start, options.steps):
         clock = time.perf_counter()
-        done = _one_step(run, optimizer, step)
-        spent += time.perf_counter() - clock
-        tokens += done.tokens
-        sitting_tokens += done.tokens
-        run.facts.update(seconds=spent, tokens=tokens)
-        _note(run, step, done)
-        advance(1, f"loss {done.loss:.3f}, {sitting_tokens / max(time.monotonic() - began, 1e-9):,.0f} tokens/s")
+        active = [seat for seat in seats if seat.step == step]
+        one_step(run, active, step)
+        spent = time.perf_counter() - clock
+        for seat in active:
+            facts = seat.pupil.facts
+            facts["seconds"] = float(facts.get("seconds", 0.0)) + spent
+            facts["tokens"] = int(facts.get("tokens", 0)) + seat.positions
+            _note(run, seat)
+        sitting_tokens += active[0].positions
+        rate = sitting_tokens / max(time.monotonic() - began, 1e-9)
+        advance(1, f"loss {', '.join(f'{seat.loss:.3f}' for seat in active)}, {rate:,.0f} tokens/s")
         last = step + 1 == options.steps
         due = (step + 1) % options.save_every == 0 if options.save_every else time.monotonic() - last_saved > SAVE_SECONDS  # noqa: E501  # fmt: skip
         if last or due or stop.requested:
-            _save(run, optimizer, step + 1)
+            _save(active)
             last_saved = time.monotonic()
         if stop.requested and not last:
-            say(f"stopped after step {step + 1}; its state is kept in {run.state.folder}: "
+            say(f"stopped after step {step + 1}; its state is kept in {seats[0].pupil.state.folder}: "
                 f"the same command with --resume goes on")  # fmt: skip
             raise KeyboardInterrupt
-    return spent
 
 
-def _one_step(run: Training, optimizer: torch.optim.AdamW, step: int) -> StepResult:
-    """Forward and backward over the step's rows, then one update if everything is finite."""
+def one_step(run: Training, seats: list[Seat], step: int) -> None:
+    """Forward and backward over the step's rows for all `seats`, then one update each if everything is finite.
+
+    The teacher answers each batch of text once, whatever the number of students.
+    """
     options = run.options
-    parts = list(_micro_batches(run, step))
-    positions = sum(part.target_N.numel() for part in parts)
-    targets = max(1, sum(part.targets for part in parts))
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
-    mix = Mix(options.kd / positions, (1 - options.kd) / targets, options.temperature, dtype)
-    loss = kl = ce = 0.0
-    for part in parts:
-        with torch.autocast(run.device, dtype=torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            hidden_ND = hidden_states(run.model, run.shape, part)
-        part_loss, sums = run.teacher.loss(hidden_ND, head_weight(run.model), part, mix)
-        part_loss.backward()  # type: ignore[no-untyped-call]
-        loss, kl, ce = loss + float(part_loss.detach()), kl + float(sums.kl), ce + float(sums.ce)
-    norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), options.clip))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        _not_finite(run, optimizer, step, loss, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(options, run.shape.hidden_size, step)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, kl / positions, ce / targets, norm, positions)
+    order = row_order(len(run.rows), options.batch, step, options.seed)
+    text_order, own_order = split_step(order, options.on_policy, step, options.seed)
+    text = list(_micro_batches(run, text_order))
+    for seat in seats:
+        _begin(run, seat, text, own_order, step)
+    for batch in text:
+        answers = run.teacher.answers(batch)
+        for seat in seats:
+            _learn(run, seat, batch, answers)
+    for seat in seats:
+        for batch in seat.own:
+            _learn(run, seat, batch, run.teacher.answers(batch))
+    for seat in seats:
+        seat.norm = float(torch.nn.utils.clip_grad_norm_(seat.pupil.parameters.values(), options.clip))
+    if not all(math.isfinite(seat.loss) and math.isfinite(seat.norm) for seat in seats):
+        _not_finite(run, seats)
+    for seat in seats:
+        for group in seat.optimizer.param_groups:
+            group["lr"] = learning_rate(options, seat.pupil.shape.hidden_size, step)
+        seat.optimizer.step()
+        seat.optimizer.zero_grad(set_to_none=True)
+        seat.step += 1
 
 
-def _micro_batches(run: Training, step: int) -> Iterator[Batch]:
-    order = row_order(len(run.rows), run.options.batch, step, run.options.seed)
-    size = run.options.micro_batch or run.options.batch
+def _begin(run: Training, seat: Seat, text: list[Batch], own_order: RowNumbers, step: int) -> None:
+    """Let a student write its continuations, and count what the step's means are taken over."""
+    options = run.options
+    seat.own = []
+    if len(own_order):
+        prompt = prompt_length(run.rows, own_order, options.prompt)
+        for part in _portions(own_order, options):
+            with _autocast(run):
+                seat.own.append(
+                    continued(
+                        seat.pupil.model, run.rows, part, prompt, run.endings,
+                        step=step, seed=options.seed, device=run.device,
+                    )
+                )  # fmt: skip
+    seat.positions = sum(batch.target_N.numel() for batch in [*text, *seat.own])
+    seat.targets = max(1, sum(batch.targets for batch in text))
+    seat.mix = Mix(
+        options.kd / seat.positions, (1 - options.kd) / seat.targets, options.temperature,
+        torch.bfloat16 if options.dtype == "bfloat16" else torch.float32, options.divergence, options.mixture,
+    )  # fmt: skip
+    seat.loss = seat.kl = seat.ce = seat.match = 0.0
+
+
+def _learn(run: Training, seat: Seat, batch: Batch, answers: Answers) -> None:
+    """Add a batch's gradients and sums."""
+    pupil = seat.pupil
+    watched = range(pupil.shape.num_layers) if pupil.matcher else ()
+    with _autocast(run):
+        hidden_ND, layers = states_and_layers(pupil.model, pupil.shape, batch, watched)
+    loss, sums = distillation_loss(hidden_ND, head_weight(pupil.model), answers, batch.target_N, seat.mix)
+    if pupil.matcher:
+        apart = pupil.matcher.loss(layers, answers.layers)
+        loss = loss + run.options.match / seat.positions * apart
+        seat.match += float(apart.detach())
+    loss.backward()  # type: ignore[no-untyped-call]
+    seat.loss, seat.kl, seat.ce = seat.loss + float(loss.detach()), seat.kl + float(sums.kl), seat.ce + float(sums.ce)
+
+
+def _autocast(run: Training) -> torch.autocast:
+    return torch.autocast(run.device, dtype=torch.bfloat16, enabled=run.options.dtype == "bfloat16")
+
+
+def _portions(order: RowNumbers, options: DistillOptions) -> Iterator[RowNumbers]:
+    size = options.micro_batch or options.batch
     for at in range(0, len(order), size):
-        yield make_batch(run.rows, np.sort(order[at : at + size]), run.device)
+        yield np.sort(order[at : at + size])
 
 
-def _note(run: Training, step: int, done: StepResult) -> None:
+def _micro_batches(run: Training, order: RowNumbers) -> Iterator[Batch]:
+    for part in _portions(order, run.options):
+        yield make_batch(run.rows, part, run.device)
+
+
+def _note(run: Training, seat: Seat) -> None:
     """Figures of a step; none of a clock's, so that two runs that made the same weights wrote the same file."""
+    pupil, options = seat.pupil, run.options
     record: dict[str, Any] = {
-        "step": step + 1,
-        "tokens": run.facts["tokens"],
-        "loss": done.loss,
-        "kl": done.kl,
-        "ce": done.ce,
-        "gradient_norm": done.gradient_norm,
-        "learning_rate": learning_rate(run.options, run.shape.hidden_size, step),
+        "step": seat.step,
+        "tokens": pupil.facts["tokens"],
+        "loss": seat.loss,
+        "kl": seat.kl / seat.positions,
+        "ce": seat.ce / seat.targets,
+        "gradient_norm": seat.norm,
+        "learning_rate": learning_rate(options, pupil.shape.hidden_size, seat.step - 1),
     }
-    every = run.options.eval_every
-    if every and (step + 1) % every == 0 and step + 1 < run.options.steps:
-        record["held_out"] = dict(run.measure())
-    run.state.note(record)
+    if pupil.matcher:
+        record["match"] = seat.match / seat.positions
+    if seat.own:
+        record["own_tokens"] = sum(batch.target_N.numel() for batch in seat.own)
+    if options.eval_every and seat.step % options.eval_every == 0 and seat.step < options.steps:
+        record["held_out"] = dict(pupil.measure())
+    pupil.state.note(record)
 
 
-def _save(run: Training, optimizer: torch.optim.AdamW, step: int) -> None:
-    run.facts["metrics_bytes"] = run.state.metrics_bytes()
-    run.state.save(step, run.model, optimizer, run.facts)
+def _save(seats: list[Seat]) -> None:
+    for seat in seats:
+        pupil = seat.pupil
+        pupil.facts["metrics_bytes"] = pupil.state.metrics_bytes()
+        pupil.state.save(seat.step, pupil.parameters, seat.optimizer, pupil.facts)
 
 
-def _not_finite(run: Training, optimizer: torch.optim.AdamW, step: int, loss: float, norm: float) -> None:
-    """Keep the state before this step (no update was made from it) and say so."""
+def _not_finite(run: Training, seats: list[Seat]) -> None:
+    """Keep the states before this step (no update was made from it) and say so."""
+    step, options = seats[0].step, run.options
     if step > 0:
-        _save(run, optimizer, step)
-    kept = f"; the state after step {step} is kept in {run.state.folder}" if step > 0 else ""
+        _save(seats)
+    bad = next(seat for seat in seats if not (math.isfinite(seat.loss) and math.isfinite(seat.norm)))
+    kept = f"; the state after step {step} is kept in {bad.pupil.state.folder}" if step > 0 else ""
     raise WorkError(
         "Training broke down: the loss or its gradient is not a finite number.",
-        found=f"loss {loss}, gradient norm {norm} at step {step + 1}{kept}",
-        todo=f"start over (--force) with a lower --learning-rate than {run.options.peak_rate(run.shape.hidden_size):g}"
-        + (", or with --dtype float32" if run.options.dtype != "float32" else ""),
+        found=f"loss {bad.loss}, gradient norm {bad.norm} at step {step + 1}{kept}",
+        todo="start over (--force) with a lower --learning-rate than "
+        f"{options.peak_rate(bad.pupil.shape.hidden_size):g}"
+        + (", or with --dtype float32" if options.dtype != "float32" else ""),
     )

@@ -7,7 +7,8 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from distill.data import Batch, batches, make_batch, row_order
 from distill.depth import layers_to_drop
 from distill.importance import measure as measure_importance
 from distill.losses import Comparison
+from distill.match import Matcher, spread
 from distill.models import load_weights, new_model
 from distill.refit import Refit
 from distill.request import Job
 from distill.shrink import choose, cut_tensors, least_influence, select
 from distill.state import METRICS, StateFolder
 from distill.teacher import LiveTeacher, open_teacher
-from distill.train import Training, train
+from distill.train import Pupil, Training, train
 from nano.checkpoint import Checkpoint, write_checkpoint
 from nano.corpus import describe_data
 from nano.families import EMBEDDING, weight_shapes
@@ -39,32 +41,71 @@ RANKING_BATCHES = 2
 """Of EVAL_BATCH sequences: enough to rank layers, which differ by tenths of a nat."""
 
 
-def work(job: Job, state: StateFolder, out: Path, resuming: bool, force: bool) -> Manifest:
-    """Do a checked job; see `distill.run.run_distill`."""
+@dataclass(frozen=True)
+class Assignment:
+    """One student that is asked for.
+
+    Attributes:
+        job: the checked request.
+        state: where its state is kept.
+        out: the folder to make.
+        resuming: go on from the state.
+    """
+
+    job: Job
+    state: StateFolder
+    out: Path
+    resuming: bool
+
+
+def work(assignments: Sequence[Assignment], force: bool) -> list[Manifest]:
+    """Do checked jobs of one teacher, text and options; see `distill.run.run_distill_many`."""
+    job = assignments[0].job
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if job.options.dtype == "bfloat16" else torch.float32
     teacher = open_teacher(job.teacher, job.teacher_shape, dtype, device)
     held_out = list(batches(job.held_out, EVAL_BATCH, device))
-    if resuming:
-        facts = dict(state.header().facts)
+    pupils = tuple(_pupil(assignment, teacher, held_out, device) for assignment in assignments)
+    if job.options.steps:
+        watched = sorted({layer for pupil in pupils if pupil.matcher for layer in pupil.matcher.layers})
+        source = replace(teacher, watched=tuple(watched))
+        train(Training(pupils, source, job.rows, job.options, device, job.endings))
+    made = []
+    for assignment, pupil in zip(assignments, pupils, strict=True):
+        _round_to_stored(pupil.model, job)
+        trained = teacher.compare(pupil.model, pupil.shape, held_out)
+        _say_figures("trained", _figures(trained))
+        with staged_folder(assignment.out, force=force) as folder:
+            made.append(_write(folder, assignment, pupil, trained))
+    for assignment in assignments:
+        assignment.state.drop()
+    return made
+
+
+def _pupil(assignment: Assignment, teacher: LiveTeacher, held_out: list[Batch], device: str) -> Pupil:
+    """A student as it begins, or as its state says (its weights are put back when training starts)."""
+    job = assignment.job
+    if assignment.resuming:
+        facts = dict(assignment.state.header().facts)
         model = new_model(facts["config"]).to(device)
     else:
-        state.start()
+        assignment.state.start()
         model, facts = begin(job, teacher, held_out, device)
     shape = ModelShape.from_hf(facts["config"])
-    if job.options.steps:
-        run = Training(
-            model, shape, teacher, job.rows, job.options, state, facts,
-            measure=lambda: _figures(teacher.compare(model, shape, held_out)), device=device,
-        )  # fmt: skip
-        train(run, resuming)
-    _round_to_stored(model, job)
-    trained = teacher.compare(model, shape, held_out)
-    _say_figures("trained", _figures(trained))
-    with staged_folder(out, force=force) as folder:
-        manifest = _write(folder, job, model, shape, facts, trained, state)
-    state.drop()
-    return manifest
+    matcher = _matcher(job, shape, facts["cut"], device) if job.options.match else None
+
+    def measure() -> dict[str, float]:
+        return _figures(teacher.compare(model, shape, held_out))
+
+    return Pupil(model, shape, assignment.state, facts, measure, matcher, assignment.resuming)
+
+
+def _matcher(job: Job, shape: ModelShape, cut: Mapping[str, Any] | None, device: str) -> Matcher:
+    """Each layer of the student with the teacher's that it was, or evenly spread over them."""
+    width, teacher_width = shape.hidden_size, job.teacher_shape.hidden_size
+    if cut is None:
+        return Matcher(spread(shape.num_layers, job.teacher_shape.num_layers), width, teacher_width).to(device)
+    return Matcher(cut["layers"], width, teacher_width, cut["hidden_channels"]).to(device)
 
 
 def begin(job: Job, teacher: LiveTeacher, held_out: list[Batch], device: str) -> tuple[Any, dict[str, Any]]:
@@ -140,16 +181,9 @@ def _round_to_stored(model: Any, job: Job) -> None:
         parameter.copy_(parameter.to(dtype))
 
 
-def _write(
-    folder: Path,
-    job: Job,
-    model: Any,
-    shape: ModelShape,
-    facts: Mapping[str, Any],
-    trained: Comparison,
-    state: StateFolder,
-) -> Manifest:
+def _write(folder: Path, assignment: Assignment, pupil: Pupil, trained: Comparison) -> Manifest:
     """The student's files, its manifest last."""
+    job, state, model, shape, facts = assignment.job, assignment.state, pupil.model, pupil.shape, pupil.facts
     dtype = _stored_dtype(job)
     weights = model.state_dict()
     write_checkpoint(folder, ((name, weights[name].to(dtype)) for name in weight_shapes(shape)))

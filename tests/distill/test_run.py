@@ -282,9 +282,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(
 
     real = train.make_optimizer
 
-    def explosive(model: Any, options: DistillOptions) -> Any:
-        optimizer = real(model, options)
-        optimizer.register_step_post_hook(lambda *_: [p.data.mul_(1e6) for p in model.parameters()] and None)
+    def explosive(parameters: Any, options: DistillOptions) -> Any:
+        optimizer = real(parameters, options)
+        optimizer.register_step_post_hook(lambda *_: [p.data.mul_(1e6) for p in parameters] and None)
         return optimizer
 
     monkeypatch.setattr(train, "make_optimizer", explosive)
