@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,11 +33,17 @@ class LayerResult:
         weights: by full module name.
         error: relative squared output error of each on the calibration text (of its weights, for rtn).
         rounding_error: the same if its target were just rounded to nearest.
+        floats: tensors of the layer that stay float but were changed (folded norms), by full tensor name.
     """
 
     weights: dict[str, QuantizedTensor] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
     rounding_error: dict[str, float] = field(default_factory=dict)
+    floats: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+Finished = Callable[[int], LayerResult | None]
+"""What an earlier, interrupted run left of a layer."""
 
 
 @dataclass

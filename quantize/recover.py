@@ -1,9 +1,6 @@
 """Recover: distil from the float model through the int4 grid, end to end (QAD, 2601.20088).
 
-Every weight on the grid becomes a real number u counted in codes; the forward pass uses round(u) x scale, the
-backward pass treats rounding as the identity (straight-through). Counting in codes makes one learning rate fit
-every layer of every model: it says how many codes a weight may move a step. Scales and norms train beside them; a
-scale goes through bfloat16 in every forward pass, so what is trained is what the phone computes.
+Weights (counted in codes, see `quantize.trainable`), their scales and the norms train together.
 
 The loss is the KL divergence from the float model's next-token distribution. Start from a solved grid (GPTQ):
 each u begins within its code, on the side where the float weight lies (`LEAN`), so that the weights whose rounding
@@ -15,84 +12,34 @@ Legend: B windows, T positions, V vocabulary, N output channels, K input channel
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from nano.families import weight_shapes
 from nano.progress import track, warn
-from quantize.grid import QuantizedTensor, bf16_exact, code_range
+from quantize.grid import QuantizedTensor
+from quantize.journal import Journal
 from quantize.options import QuantizeOptions
 from quantize.student import Student
+from quantize.trainable import TrainableLinear
+from quantize.whole import whole_model
 
 LOGITS_AT_ONCE = 1 << 26
 """Numbers of logits in one forward pass; larger batches are accumulated in parts."""
 
-LEAN = 0.8
-"""How far from the middle of its code towards the float weight a u begins. In the middle (0) no weight can change
-its code for the first tens of steps and then all do at once: KL 0.0305 against 0.0289 after 160 steps on stories260K.
-"""
-
 MOST_HELD_BACK = 32
 """Windows are enough to tell a better model from a worse one: on stories260K the two differ by a third or more."""
+
+KEEP_SECONDS = 30
+"""Between two savings of the training's state: a kill loses no more."""
 
 WARMUP_STEPS = 20
 BETAS = (0.9, 0.99)
 """Adam's: the second moment forgets faster than usual, since runs are of hundreds of steps, not of thousands."""
-
-
-class _OnGrid(torch.autograd.Function):
-    """(u, scale) to the weight round(u) x bf16(scale), with straight-through gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, u_NGg: torch.Tensor, scale_NG: torch.Tensor, bits: int) -> torch.Tensor:
-        low, high = code_range(bits)
-        exact_NG1 = bf16_exact(scale_NG)[..., None]
-        codes_NGg = u_NGg.round().clamp_(low, high)
-        ctx.save_for_backward(u_NGg, codes_NGg, exact_NG1)
-        ctx.limits = (low - 0.5, high + 0.5)
-        return codes_NGg * exact_NG1
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        u_NGg, codes_NGg, exact_NG1 = ctx.saved_tensors
-        low, high = ctx.limits
-        (grad_NGg,) = grads
-        inside_NGg = (u_NGg >= low) & (u_NGg <= high)
-        return grad_NGg * exact_NG1 * inside_NGg, (grad_NGg * codes_NGg).sum(-1), None
-
-
-class GridLinear(torch.nn.Module):
-    """A linear whose weight lives on the grid and can be trained.
-
-    Attributes:
-        u_NGg: the weight counted in codes.
-        log_scale_NG: natural logarithm of each scale.
-    """
-
-    def __init__(self, start: QuantizedTensor, weight_NK: torch.Tensor) -> None:
-        super().__init__()
-        self.bits, self.group_size = start.bits, start.group_size
-        n, k = start.codes_NK.shape
-        codes_NGg = start.codes_NK.float().view(n, k // start.group_size, start.group_size)
-        float_NGg = weight_NK.float().view_as(codes_NGg) / start.scale_NG[..., None]
-        lean_NGg = LEAN * (float_NGg - codes_NGg).clamp(-0.5, 0.5)
-        self.u_NGg = torch.nn.Parameter(codes_NGg + lean_NGg)
-        self.log_scale_NG = torch.nn.Parameter(start.scale_NG.log())
-
-    def forward(self, x_K: torch.Tensor) -> torch.Tensor:
-        weight_NGg: torch.Tensor = _OnGrid.apply(self.u_NGg, self.log_scale_NG.exp(), self.bits)  # type: ignore[no-untyped-call]
-        return F.linear(x_K, weight_NGg.flatten(1))
-
-    @torch.no_grad()
-    def solved(self) -> QuantizedTensor:
-        """The weight as it is on the grid now."""
-        low, high = code_range(self.bits)
-        codes_NK = self.u_NGg.round().clamp(low, high).to(torch.int8).flatten(1).cpu()
-        return QuantizedTensor(codes_NK, bf16_exact(self.log_scale_NG.exp()).cpu(), self.group_size, self.bits)
 
 
 @dataclass(frozen=True)
@@ -117,6 +64,7 @@ def recover(
     windows: Sequence[torch.Tensor],
     steps: int,
     options: QuantizeOptions,
+    journal: Journal,
 ) -> Recovered:
     """Train the grid weights, scales and norms of a solved model against its float original.
 
@@ -126,20 +74,21 @@ def recover(
         windows: token ids; every tenth (or fewer, about `MOST_HELD_BACK`) is held back to judge the result.
         steps: optimiser steps of `options.batch` windows.
         options: learning rate, batch, seed.
+        journal: where the training's state is kept, and where an interrupted one is found.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher, model = (_whole_model(student).to(device) for _ in range(2))
+    teacher, model = (whole_model(student) for _ in range(2))
     for name, quantized in start.items():
         parent, _, leaf = name.rpartition(".")
-        weight_NK = model.get_submodule(name).weight.cpu()
-        setattr(model.get_submodule(parent), leaf, GridLinear(quantized, weight_NK).to(device))
+        weight_NK = model.get_submodule(name).weight
+        trainable = TrainableLinear(quantized, weight_NK.cpu()).to(weight_NK.device)
+        setattr(model.get_submodule(parent), leaf, trainable)
     stride = max(10, len(windows) // MOST_HELD_BACK)
     judging = list(windows[::stride])
     training = [window for i, window in enumerate(windows) if i % stride] or list(windows)
     norms = {name: p for name, p in model.named_parameters() if name.endswith("norm.weight")}
     first_norms = {name: p.detach().cpu().clone() for name, p in norms.items()}
     before = mean_kl(teacher, model, judging)
-    _train(teacher, model, training, steps, options)
+    _train(teacher, model, training, steps, options, journal)
     after = mean_kl(teacher, model, judging)
     if after >= before:
         warn(
@@ -151,43 +100,83 @@ def recover(
     return Recovered(solved, {name: p.detach().cpu() for name, p in norms.items()}, before, after)
 
 
-def _whole_model(student: Student) -> Any:
-    """The float model by transformers, padded as the student is."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _train(
+    teacher: Any, model: Any, windows: list[torch.Tensor], steps: int, options: QuantizeOptions, journal: Journal
+) -> None:
+    """Adam with a short warm-up and a cosine to zero, which lets codes settle.
 
-    plain = {key: value for key, value in student.config.items() if key not in ("model_type", "dtype", "torch_dtype")}
-    config = AutoConfig.for_model(student.shape.family, **plain)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    state = {name: student.tensor(name).float() for name in weight_shapes(student.shape)}
-    model.load_state_dict(state, strict=False)
-    return model.eval().requires_grad_(False)
+    Goes on from the journal's state where there is one, to the same bits as without the interruption.
+    """
+    optimizer = _optimizer(model, options.learning_rate)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    first, smooth = _restore(model, optimizer, journal)
+    batches, kept = _batches(windows, options), time.monotonic()
+    with track("recover", steps, "steps") as bar:
+        for step in range(steps):
+            batch = next(batches)
+            if step < first:
+                bar.advance()
+                continue
+            shape = min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * shape
+            optimizer.zero_grad()
+            loss = _accumulate(teacher, model, batch)
+            optimizer.step()
+            smooth = loss if step == 0 else 0.9 * smooth + 0.1 * loss
+            bar.advance(note=f"KL {smooth:.4f}")
+            if time.monotonic() - kept > KEEP_SECONDS:
+                _keep(model, optimizer, journal, step + 1, smooth)
+                kept = time.monotonic()
 
 
-def _train(teacher: Any, model: Any, windows: list[torch.Tensor], steps: int, options: QuantizeOptions) -> None:
-    """Adam with a short warm-up and a cosine to zero, which lets codes settle."""
-    rates = {"u_NGg": options.learning_rate, "log_scale_NG": options.learning_rate / 40, "norm.weight": options.learning_rate / 20}  # noqa: E501  # fmt: skip
+def _optimizer(model: Any, learning_rate: float) -> torch.optim.Optimizer:
+    """Adam over what trains, each kind at its own rate."""
+    rates = {"u_NGg": learning_rate, "log_scale_NG": learning_rate / 40, "norm.weight": learning_rate / 20}
     groups = []
     for ending, rate in rates.items():
         chosen = [p.requires_grad_() for name, p in model.named_parameters() if name.endswith(ending)]
         groups.append({"params": chosen, "lr": rate})
-    optimizer = torch.optim.Adam(groups, betas=BETAS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
-    random, smooth = torch.Generator().manual_seed(options.seed), 0.0
-    queue: list[int] = []
-    with track("recover", steps, "steps") as bar:
-        for step in range(steps):
-            while len(queue) < options.batch:
-                queue += torch.randperm(len(windows), generator=random).tolist()
-            batch = [windows[i] for i in queue[: options.batch]]
-            del queue[: options.batch]
-            optimizer.zero_grad()
-            loss = _accumulate(teacher, model, batch)
-            optimizer.step()
-            schedule.step()
-            smooth = loss if step == 0 else 0.9 * smooth + 0.1 * loss
-            bar.advance(note=f"KL {smooth:.4f}")
+    return torch.optim.Adam(groups, betas=BETAS)
+
+
+def _batches(windows: list[torch.Tensor], options: QuantizeOptions) -> Iterator[list[torch.Tensor]]:
+    """Batches without end, each window once before any comes again, in an order that the seed decides."""
+    random, queue = torch.Generator().manual_seed(options.seed), list[int]()
+    while True:
+        while len(queue) < options.batch:
+            queue += torch.randperm(len(windows), generator=random).tolist()
+        yield [windows[i] for i in queue[: options.batch]]
+        del queue[: options.batch]
+
+
+def _keep(model: Any, optimizer: torch.optim.Optimizer, journal: Journal, step: int, smooth: float) -> None:
+    """Put the training's state into the journal."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            tensors[name] = p.detach()
+            tensors[name + ".mean"] = optimizer.state[p]["exp_avg"]
+            tensors[name + ".square"] = optimizer.state[p]["exp_avg_sq"]
+    journal.save_training(tensors, {"step": step, "smooth": smooth})
+
+
+@torch.no_grad()
+def _restore(model: Any, optimizer: torch.optim.Optimizer, journal: Journal) -> tuple[int, float]:
+    """The step to go on from and the running KL; a new training begins at 0."""
+    found = journal.training()
+    if found is None:
+        return 0, 0.0
+    tensors, numbers = found
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.copy_(tensors[name])
+            optimizer.state[p] = {
+                "step": torch.tensor(float(numbers["step"])),
+                "exp_avg": tensors[name + ".mean"].to(p.device),
+                "exp_avg_sq": tensors[name + ".square"].to(p.device),
+            }
+    return numbers["step"], numbers["smooth"]
 
 
 def _accumulate(teacher: Any, model: Any, batch: list[torch.Tensor]) -> float:

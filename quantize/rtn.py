@@ -8,25 +8,36 @@ import torch
 
 from nano.families import layer_prefix
 from quantize.grid import QuantizedTensor, round_to_codes
-from quantize.layers import LayerResult
+from quantize.layers import Finished, LayerResult
 from quantize.recipe import Grid
-from quantize.scales import search_scales
+from quantize.scales import search_scales, search_zero_points
 from quantize.student import Student
+from quantize.tables import half_exact
 
 
 def round_to_nearest(weight_NK: torch.Tensor, grid: Grid) -> QuantizedTensor:
     """A weight (N, K) on a grid; a group of zeros gets codes of zero."""
-    scale_NG = search_scales(weight_NK, grid.group_size, grid.bits)
-    codes_NK = round_to_codes(weight_NK, scale_NG, grid.group_size, grid.bits)
-    return QuantizedTensor(codes_NK, scale_NG, grid.group_size, grid.bits)
+    zero_NG = None
+    if grid.symmetric:
+        scale_NG = search_scales(weight_NK, grid.group_size, grid.bits)
+    else:
+        scale_NG, zero_NG = search_zero_points(weight_NK, grid.group_size, grid.bits)
+    codes_NK = round_to_codes(weight_NK, scale_NG, grid.group_size, grid.bits, zero_NG)
+    return QuantizedTensor(codes_NK, scale_NG, grid.group_size, grid.bits, zero_NG)
 
 
-def rounded_layers(student: Student, grids: Mapping[str, Grid]) -> Iterator[LayerResult]:
+def round_table(weight_VD: torch.Tensor, grid: Grid) -> QuantizedTensor:
+    """An embedding (V, D) on a symmetric grid whose values an int4 folder can hold densely (`quantize.tables`)."""
+    scale_VG = half_exact(search_scales(weight_VD, grid.group_size, grid.bits), grid.bits)
+    return QuantizedTensor(round_to_codes(weight_VD, scale_VG, grid.group_size, grid.bits), scale_VG, grid.group_size, grid.bits)  # noqa: E501  # fmt: skip
+
+
+def rounded_layers(student: Student, grids: Mapping[str, Grid], finished: Finished) -> Iterator[LayerResult]:
     """Layer after layer rounded to nearest; errors are of the weights, relative and squared."""
     for layer in range(student.shape.num_layers):
-        result = LayerResult()
+        result = finished(layer) or LayerResult()
         for module, grid in grids.items():
-            if module.startswith(layer_prefix(layer)):
+            if module.startswith(layer_prefix(layer)) and module not in result.weights:
                 weight_NK = student.tensor(module + ".weight").float()
                 solved = round_to_nearest(weight_NK, grid)
                 lost = (solved.dequantize() - weight_NK).square().sum()

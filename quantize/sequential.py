@@ -10,7 +10,7 @@ Legend: N output channels, K input channels, D hidden width, M positions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,20 @@ from nano.errors import WorkError
 from nano.families import family_of, layer_prefix
 from quantize.calibrate import Calibration
 from quantize.gptq import Curvature, correct, curvature, gptq, relative_error
-from quantize.grid import QuantizedTensor, round_to_codes
-from quantize.layers import Hidden, LayerResult, Seen, advance, embed, linear_inputs, load_layer, pass_attention
+from quantize.layers import (
+    Finished,
+    Hidden,
+    LayerResult,
+    Seen,
+    advance,
+    embed,
+    linear_inputs,
+    load_layer,
+    pass_attention,
+)
 from quantize.options import QuantizeOptions
 from quantize.recipe import Grid
-from quantize.scales import search_scales
+from quantize.rtn import round_to_nearest
 from quantize.student import Student
 
 SHARED_INPUTS = (
@@ -74,10 +83,6 @@ class Moments:
         """(wanted output - this weight's output on the real inputs) x^T."""
         missing_NK = weight_NK @ self.drift_KK
         return missing_NK if self.residual_DK is None else missing_NK + self.residual_DK
-
-
-Finished = Callable[[int], LayerResult | None]
-"""What an earlier, interrupted run left of a layer."""
 
 
 def calibrated_layers(
@@ -163,12 +168,10 @@ def _solve_linear(linear: Any, name: str, moments: Moments, solve: Curvature, gr
     weight_NK = linear.weight.detach()
     target_NK = correct(weight_NK, moments.missing(weight_NK), solve)
     solved = gptq(target_NK, solve, grid)
-    scale_NG = search_scales(target_NK, grid.group_size, grid.bits)
-    codes_NK = round_to_codes(target_NK, scale_NG, grid.group_size, grid.bits)
-    rounded = QuantizedTensor(codes_NK, scale_NG, grid.group_size, grid.bits)
+    rounded = round_to_nearest(target_NK, grid)
     result.error[name] = relative_error(weight_NK, target_NK, solved.dequantize(), solve)
     result.rounding_error[name] = relative_error(weight_NK, target_NK, rounded.dequantize(), solve)
-    result.weights[name] = QuantizedTensor(solved.codes_NK.cpu(), solved.scale_NG.cpu(), solved.group_size, solved.bits)
+    result.weights[name] = solved.cpu()
 
 
 @torch.no_grad()

@@ -12,20 +12,22 @@ import torch
 from nano.families import linear_names
 from nano.tokens import load_tokenizer
 from nano.torch_lm import load_float
+from quantize.journal import Journal
 from quantize.lm import load_dequantised
 from quantize.options import QuantizeOptions
 from quantize.packed import Int4Checkpoint
 from quantize.recipe import Grid
-from quantize.recover import GridLinear, kl_sum, recover
+from quantize.recover import kl_sum, recover
 from quantize.rtn import round_to_nearest
 from quantize.run import run_quantize
 from quantize.student import Student
+from quantize.trainable import TrainableLinear
 
 
 def test_forward_is_the_dequantised_weight_and_gradients_are_straight_through() -> None:
     weight_NK = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     start = round_to_nearest(weight_NK, Grid(4, 32))
-    linear = GridLinear(start, weight_NK)
+    linear = TrainableLinear(start, weight_NK)
     x_MK = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(linear(x_MK), x_MK @ start.dequantize().T)
     assert torch.equal(linear.solved().codes_NK, start.codes_NK)
@@ -60,7 +62,9 @@ def test_kl_is_counted_over_real_positions_only(tiny_model: Callable[..., Path])
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
-def test_training_lowers_the_divergence_and_stays_on_the_grid(family: str, tiny_model: Callable[..., Path]) -> None:
+def test_training_lowers_the_divergence_and_stays_on_the_grid(
+    family: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_model(family, intermediate_size=88, initializer_range=0.2)
     random = torch.Generator().manual_seed(3)
     # Random weights have nothing to generalise: what is held back is text that was trained on.
@@ -69,8 +73,8 @@ def test_training_lowers_the_divergence_and_stays_on_the_grid(family: str, tiny_
         names = [f"model.layers.{i}.mlp.{leaf}_proj" for i in range(2) for leaf in ("gate", "up", "down")]
         start = {name: round_to_nearest(student.tensor(name + ".weight"), Grid(4, 32)) for name in names}
         options = QuantizeOptions(batch=8, learning_rate=0.05)
-        found = recover(student, start, windows, 40, options)
-        again = recover(student, start, windows, 40, options)
+        found = recover(student, start, windows, 40, options, Journal(tmp_path / "a", {}))
+        again = recover(student, start, windows, 40, options, Journal(tmp_path / "b", {}))
     assert found.kl_before > 0.001
     assert found.kl_after < 0.8 * found.kl_before
     for name, tensor in found.weights.items():
@@ -82,7 +86,9 @@ def test_training_lowers_the_divergence_and_stays_on_the_grid(family: str, tiny_
     assert not down.codes_NK[:, 88:].any()  # the padding stays zero
 
 
-def test_part_of_the_loss_of_rounding_is_recovered_on_held_out_stories(stories: Path, tinystories: Path) -> None:
+def test_part_of_the_loss_of_rounding_is_recovered_on_held_out_stories(
+    stories: Path, tinystories: Path, tmp_path: Path
+) -> None:
     tokenizer = load_tokenizer(stories)
     lines = tinystories.read_text(encoding="utf-8").splitlines()
     windows = [torch.tensor(tokenizer.prompt(json.loads(line)["text"])[:96]) for line in lines[:340]]
@@ -91,19 +97,23 @@ def test_part_of_the_loss_of_rounding_is_recovered_on_held_out_stories(stories: 
             name: round_to_nearest(student.tensor(name + ".weight").float(), Grid(4, 32))
             for name in linear_names(student.shape)
         }
-        found = recover(student, start, windows, 40, QuantizeOptions(batch=8, learning_rate=0.05))
+        found = recover(
+            student, start, windows, 40, QuantizeOptions(batch=8, learning_rate=0.05), Journal(tmp_path / "a", {})
+        )
     assert 0.08 < found.kl_before < 0.14
     assert found.kl_after < 0.8 * found.kl_before
 
 
 def test_a_result_that_is_no_better_is_not_kept(
-    tiny_model: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     windows = [torch.arange(3, 40) for _ in range(4)]
     with Student(tiny_model("llama"), 32) as student:
         name = "model.layers.0.mlp.down_proj"
         start = {name: round_to_nearest(student.tensor(name + ".weight"), Grid(4, 32))}
-        found = recover(student, start, windows, 3, QuantizeOptions(batch=2, learning_rate=50.0))
+        found = recover(
+            student, start, windows, 3, QuantizeOptions(batch=2, learning_rate=50.0), Journal(tmp_path / "a", {})
+        )
     assert "not bring the model nearer" in capsys.readouterr().err
     assert torch.equal(found.weights[name].codes_NK, start[name].codes_NK)
 
