@@ -88,7 +88,7 @@ def test_equals_the_plain_form(mix: Mix, chunk: int, monkeypatch: pytest.MonkeyP
 
 
 def test_the_divergences_meet_at_their_limits() -> None:
-    """GKD, section 2: divided by the small weight, jsd tends to forward and reverse KL; skew at 0 is forward."""
+    """GKD, section 2: divided by the small weight, jsd tends to forward and reverse KL; so do the skewed ones."""
     hidden, head, *teacher, target = (a.double() if a.is_floating_point() else a for a in arguments(scale=0.3))
 
     def total(kind: Divergence, beta: float) -> float:
@@ -99,7 +99,7 @@ def test_the_divergences_meet_at_their_limits() -> None:
     assert total("jsd", tiny) / tiny == pytest.approx(total("forward", 0.5), rel=1e-3)
     assert total("jsd", 1 - tiny) / tiny == pytest.approx(total("reverse", 0.5), rel=1e-3)
     assert total("skew", tiny) == pytest.approx(total("forward", 0.5), rel=1e-3)
-    assert total("skew-reverse", 1 - tiny) < 1e-6 < total("skew-reverse", 0.5) < total("reverse", 0.5)
+    assert total("skew-reverse", 1 - tiny) == pytest.approx(total("reverse", 0.5), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -217,12 +217,13 @@ def extra_memory(*arguments: object) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.parametrize("kind", ["forward", "jsd"])
-def test_an_eighth_of_the_plain_forms_memory(kind: str) -> None:
+@pytest.mark.slow
+def test_an_eighth_of_the_plain_forms_memory() -> None:
     """V = 262,144, T = 2,048. The plain form's arrays are linear in T, so T = 256 of it is an eighth of T = 2,048."""
     eighth = extra_memory("plain", 256, "forward")
     assert eighth > 4 * 256 * 262_144 * 4  # the plain form is what we think it is: at least four arrays of logits
-    assert extra_memory("ours", 2048, kind) < eighth
+    assert extra_memory("ours", 2048, "forward") < eighth
+    assert extra_memory("ours", 2048, "jsd") < eighth
 
 
 def test_compare_is_the_textbook_sum() -> None:
