@@ -73,13 +73,15 @@ def compare_codes(folder: Path, format: Format, checkpoint: Int4Checkpoint) -> E
     return Exactness(len(seen), codes, tuple(sorted({*differing, *(wanted - seen)})))
 
 
-def _same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
-    return (
-        a.bits == b.bits
-        and a.group_size == b.group_size
-        and torch.equal(a.codes_NK, b.codes_NK)
-        and torch.equal(a.scale_NG, b.scale_NG)
-    )
+def _same(found: QuantizedTensor, wanted: QuantizedTensor) -> bool:
+    """Codes, scales and zero points alike; an artifact may repeat a scale over smaller groups than the checkpoint's."""
+    repeat, rest = divmod(wanted.group_size, found.group_size)
+    if rest or found.bits != wanted.bits or (found.zero_NG is None) != (wanted.zero_NG is None):
+        return False
+    pairs = [(found.codes_NK, wanted.codes_NK), (found.scale_NG, wanted.scale_NG.repeat_interleave(repeat, 1))]
+    if found.zero_NG is not None and wanted.zero_NG is not None:
+        pairs.append((found.zero_NG, wanted.zero_NG.repeat_interleave(repeat, 1)))
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def require_exact(exactness: Exactness) -> None:

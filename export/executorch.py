@@ -14,22 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.executorch_file import MODEL
-from export.grids import grid_of
+from export.grids import check_grid
 from export.options import ExportOptions
 from export.silence import silenced
 from nano.errors import UnsupportedError
-from nano.families import EMBEDDING, HEAD, linear_names
+from nano.families import linear_names
 from nano.progress import Track, track
 from nano.shapes import ModelShape
 from nano.tokens import FILE as TOKENIZER
 from nano.tokens import TextTokenizer
-from quantize.packed import SCALE, ZERO, Int4Checkpoint
+from quantize.packed import Int4Checkpoint, Layout
+from quantize.runtimes import role_of
 
 if TYPE_CHECKING:
     from export.executorch_model import CachePlan
-
-GROUP_MULTIPLE = 32
-"""XNNPACK's blockwise kernel takes groups of a multiple of 32 (backends/xnnpack/operators/node_visitor.py)."""
 
 
 def write_pte(
@@ -118,36 +116,22 @@ def check_executorch(checkpoint: Int4Checkpoint, options: ExportOptions) -> None
     for module in linear_names(shape):
         if module not in checkpoint:
             raise UnsupportedError(
-                "Every decoder linear must be int4 for ExecuTorch.",
+                "Every decoder linear must be on a grid for ExecuTorch.",
                 found=f"'{module}' is float",
                 todo="quantize it too, or export with --format onnx",
             )
-        _check_linear(checkpoint, module, heads=False)
-    head = EMBEDDING if shape.tied else HEAD
-    if head in checkpoint:
-        _check_linear(checkpoint, head, heads=True)
     for module in checkpoint.modules:
-        if module + ZERO in checkpoint.store:
-            raise UnsupportedError(
-                "XNNPACK takes symmetric int4 only (it would drop the zero points).", found=f"'{module}' has them"
-            )
+        _check_scales(checkpoint, module, check_grid(checkpoint, module, "executorch"))
 
 
-def _check_linear(checkpoint: Int4Checkpoint, module: str, *, heads: bool) -> None:
-    """One linear's grid; a head may also be int8 with one scale a row (XNNPACK qc8w)."""
+def _check_scales(checkpoint: Int4Checkpoint, module: str, grid: Layout) -> None:
+    """Scales of the blockwise kernel must be bfloat16; those by row are kept as float32."""
     import torch
 
-    grid = grid_of(checkpoint, module)
-    per_row = heads and grid.bits == 8 and grid.group_size == grid.columns
-    if not per_row and (grid.bits != 4 or grid.group_size % GROUP_MULTIPLE):
-        raise UnsupportedError(
-            "XNNPACK's kernel cannot take this grid.",
-            found=f"'{module}': {grid.bits} bits, groups of {grid.group_size}",
-            expected=f"4 bits, groups of a multiple of {GROUP_MULTIPLE}" + (", or 8 bits a row" if heads else ""),
-            todo="quantize again with --group-size 32",
-        )
-    scales = checkpoint.store.tensor(module + SCALE).float()
-    if not per_row and not torch.equal(scales, scales.to(torch.bfloat16).float()):
+    if grid.group_size == grid.columns or role_of(module, checkpoint.shape) == "table":
+        return
+    scale_NG = checkpoint.scales(module)
+    if not torch.equal(scale_NG, scale_NG.to(torch.bfloat16).float()):
         raise UnsupportedError(
             "XNNPACK's blockwise kernel keeps scales in bfloat16, and these would be rounded.",
             found=f"scales of '{module}' that are no bfloat16",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from export.executorch_file import MODEL
-from export.executorch_readback import Filter, PteFile, Table, named_filters, open_pte
+from export.executorch_readback import LINEAR_BITS, Filter, PteFile, Table, named_filters, open_pte
 from nano.errors import WorkError
 from nano.families import EMBEDDING, HEAD, linear_names
 from nano.shapes import ModelShape
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from export.executorch_model import CachePlan
 
 FLOAT_BYTES = 4
-BLOCKWISE = "xnn_datatype_qbint4"
-"""XNNPACK's name of a filter that its 4-bit kernel takes."""
 
 
 def describe(folder: Path, shape: ModelShape, plan: CachePlan, last_only: bool) -> dict[str, Any]:
@@ -38,11 +36,11 @@ def describe(folder: Path, shape: ModelShape, plan: CachePlan, last_only: bool) 
         bits, group size, and where its codes and scales stand: named data, or a constant's index.
 
     Raises:
-        WorkError: a decoder linear did not get XNNPACK's 4-bit kernel.
+        WorkError: a decoder linear did not get one of XNNPACK's 4-bit or 8-bit kernels.
     """
     with open_pte(folder) as pte:
         filters, table = dict(named_filters(pte)), pte.table()
-        require_blockwise(filters, shape)
+        require_kernels(filters, shape)
         kinds = [one.kind for one in pte.filters()]
         footprint = {"file_bytes": (folder / MODEL).stat().st_size, **_weights(pte, filters, table, shape)}
         kv = kv_cache_bytes(shape, plan)
@@ -58,7 +56,8 @@ def describe(folder: Path, shape: ModelShape, plan: CachePlan, last_only: bool) 
             "footprint": footprint,
             "delegation": {
                 "delegates": pte.delegates,
-                "linears_int4": len(filters.keys() - {HEAD}),
+                "linears_int4": sum(one.bits == 4 for name, one in filters.items() if name != HEAD),
+                "linears_int8": sum(one.bits == 8 for name, one in filters.items() if name != HEAD),
                 "fully_connected": {
                     kind.removeprefix("xnn_datatype_"): kinds.count(kind) for kind in sorted(set(kinds))
                 },
@@ -68,12 +67,12 @@ def describe(folder: Path, shape: ModelShape, plan: CachePlan, last_only: bool) 
         }
 
 
-def require_blockwise(filters: dict[str, Filter], shape: ModelShape) -> None:
-    """Raise WorkError unless every decoder linear runs in XNNPACK's 4-bit kernel."""
-    other = [name for name in linear_names(shape) if name not in filters or filters[name].kind != BLOCKWISE]
+def require_kernels(filters: dict[str, Filter], shape: ModelShape) -> None:
+    """Raise WorkError unless every decoder linear runs in a kernel that takes its codes as they are."""
+    other = [name for name in linear_names(shape) if name not in filters or filters[name].kind not in LINEAR_BITS]
     if other:
         raise WorkError(
-            "A linear did not get XNNPACK's 4-bit kernel.",
+            "A linear did not get XNNPACK's kernel for weights on a grid.",
             found=f"{len(other)} of {len(linear_names(shape))}, the first is '{other[0]}'",
             todo="report this; the artifact was not kept",
         )

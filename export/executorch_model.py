@@ -27,11 +27,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from export.arithmetic import Arithmetic
-from export.grids import grid_of
 from nano.families import EMBEDDING, FINAL_NORM, HEAD, Family, family_of, layer_prefix
 from nano.shapes import SLIDING, ModelShape
 from quantize.grid import QuantizedTensor, code_range
-from quantize.packed import PACKED, SCALE, Int4Checkpoint, unpack_codes
+from quantize.packed import Int4Checkpoint, unpack_codes
 
 
 class GridLinear(nn.Module):
@@ -236,11 +235,11 @@ class Embedding(nn.Module):
         if EMBEDDING not in checkpoint:
             self.register_buffer("table_VD", checkpoint.dense(f"{EMBEDDING}.weight").float())
             return
-        self.bits = grid_of(checkpoint, EMBEDDING).bits
-        words_VW = checkpoint.store.tensor(EMBEDDING + PACKED)
+        self.bits = checkpoint.layout(EMBEDDING).bits
+        words_VW = checkpoint.words(EMBEDDING, 0, shape.vocab_size)
         table_VD = swapped_nibbles(words_VW) if self.bits == 4 else unpack_codes(words_VW, shape.hidden_size, self.bits)
         self.register_buffer("table_VD", table_VD)
-        self.register_buffer("scale_VG", checkpoint.store.tensor(EMBEDDING + SCALE).float())
+        self.register_buffer("scale_VG", checkpoint.scales(EMBEDDING))
 
     def forward(self, ids_1T: torch.Tensor) -> torch.Tensor:
         if self.bits == 32:

@@ -32,8 +32,10 @@ from nano.families import EMBEDDING, HEAD, LAYER_LINEARS, layer_prefix
 from quantize.grid import QuantizedTensor
 
 EMBEDDING_BITS = {"quantized_decomposed::embedding_4bit": 4, "quantized_decomposed::embedding_byte": 8}
-LINEAR_BITS = {"xnn_datatype_qbint4": 4, "xnn_datatype_qcint8": 8}
-"""Filters on the grid: blockwise int4, per-channel int8."""
+LINEAR_BITS = {"xnn_datatype_qbint4": 4, "xnn_datatype_qcint4": 4, "xnn_datatype_qcint8": 8}
+"""Filters on the grid: blockwise int4, int4 and int8 with one scale a row."""
+BLOCKWISE = "xnn_datatype_qbint4"
+"""The one whose scales are bfloat16; the others' are float32."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,7 @@ def read_codes(folder: Path) -> Iterator[tuple[str, QuantizedTensor]]:
 def _read_filter(pte: PteFile, one: Filter) -> QuantizedTensor:
     bits = LINEAR_BITS[one.kind]
     raw_NB = torch.frombuffer(bytearray(pte.named(one.codes)), dtype=torch.uint8).view(one.rows, -1)
-    scale_dtype = torch.bfloat16 if bits == 4 else torch.float32
+    scale_dtype = torch.bfloat16 if one.kind == BLOCKWISE else torch.float32
     scales = torch.frombuffer(bytearray(pte.named(one.scales)), dtype=scale_dtype).view(one.rows, -1)
     codes_NK = raw_NB.view(torch.int8) if bits == 8 else _unpack(raw_NB, even_low=True)
     return QuantizedTensor(codes_NK[:, : one.columns], scales.float(), one.group_size, bits)

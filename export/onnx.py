@@ -19,7 +19,7 @@ from typing import Any
 
 from export.arithmetic import read_arithmetic, resolve_context
 from export.genai_config import genai_config
-from export.grids import grid_of
+from export.grids import check_grid
 from export.onnx_data import DataFile
 from export.onnx_files import CONFIG, DATA, MODEL
 from export.onnx_graph import DecoderGraph, GraphOptions
@@ -33,8 +33,7 @@ from quantize.packed import Int4Checkpoint
 OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10
 ACCURACY_LEVEL = {"int8": 4, "float": 1}
 """MatMulNBits' accuracy_level: 4 quantizes its input to int8 by blocks, 1 computes in float32."""
-BLOCKS = (16, 32, 64, 128, 256)
-"""Block sizes that MLAS has kernels for (onnxruntime/core/mlas/lib/qnbitgemm.cpp, GetQNBitGemmVariant)."""
+PARTS = ("codes", "scales", "zero_points")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
@@ -103,14 +102,7 @@ def check_onnx(checkpoint: Int4Checkpoint, options: ExportOptions) -> int:
         UnsupportedError: says which module or setting, and what would be taken.
     """
     for module in checkpoint.modules:
-        grid = grid_of(checkpoint, module)
-        if grid.group_size not in BLOCKS or grid.columns % grid.group_size or grid.bits not in (4, 8):
-            raise UnsupportedError(
-                "ONNX Runtime's int4 kernel cannot take this grid.",
-                found=f"'{module}': {grid.bits} bits, groups of {grid.group_size} on {grid.columns} columns",
-                expected=f"groups of {', '.join(map(str, BLOCKS))} that divide the columns",
-                todo="quantize again with --group-size 32",
-            )
+        check_grid(checkpoint, module, "onnx")
     shape = checkpoint.shape
     context = resolve_context(shape, options.context)
     if options.chunk < 1:
@@ -138,7 +130,7 @@ def minimum_runtime(checkpoint: Int4Checkpoint, slack: int | None) -> str:
         return "1.29"
     if SLIDING in checkpoint.shape.layer_types:
         return "1.24"
-    eight = any(grid_of(checkpoint, module).bits == 8 for module in checkpoint.modules)
+    eight = any(checkpoint.layout(module).bits == 8 for module in checkpoint.modules)
     return "1.23" if EMBEDDING in checkpoint or eight else "1.20"
 
 
@@ -197,4 +189,4 @@ def _packed_copy(shape: ModelShape, decoder: DecoderGraph) -> int:
     onnxruntime/core/mlas/lib/qnbitgemm.h, PackedQuantBDataStruct): 0.75 bytes a weight at 32 in a group.
     """
     packed = [names for module, names in decoder.modules.items() if module != EMBEDDING or shape.tied]
-    return sum(decoder.data.regions[names[key]].length for names in packed for key in ("codes", "scales"))
+    return sum(decoder.data.regions[names[key]].length for names in packed for key in PARTS if key in names)

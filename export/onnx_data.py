@@ -24,7 +24,7 @@ import torch
 from export.onnx_files import DATA
 from nano.errors import require_module
 from nano.progress import Track, track
-from quantize.packed import PACKED, SCALE, Int4Checkpoint
+from quantize.packed import Int4Checkpoint, pack_codes
 
 PAGE = 4096
 SMALL = 64
@@ -108,12 +108,41 @@ def _stream(file: Any, region: Region, progress: Track) -> None:
 
 def packed_codes(checkpoint: Int4Checkpoint, module: str) -> Pieces:
     """Codes of a module as MatMulNBits wants them: uint8 (N, G, B), code + 2^(bits-1), low nibble first."""
-    return _slabs(checkpoint, module + PACKED, lambda words: words.contiguous().view(torch.uint8))
+
+    def pieces() -> Iterator[npt.NDArray[Any]]:
+        grid = checkpoint.layout(module)
+        step = max(1, SLAB // grid.columns)
+        for start in range(0, grid.rows, step):
+            yield checkpoint.words(module, start, min(start + step, grid.rows)).contiguous().view(torch.uint8).numpy()
+
+    return pieces
 
 
-def scales(checkpoint: Int4Checkpoint, module: str) -> Pieces:
-    """Scales of a module, float32 (N, G)."""
-    return _slabs(checkpoint, module + SCALE, lambda rows: rows.float())
+def scales(checkpoint: Int4Checkpoint, module: str, groups: int) -> Pieces:
+    """Scales of a module, float32 (N, G), each repeated where the operator's blocks are smaller than the groups."""
+
+    def pieces() -> Iterator[npt.NDArray[Any]]:
+        scale_NG = checkpoint.scales(module)
+        yield scale_NG.repeat_interleave(groups // scale_NG.shape[1], 1).numpy()
+
+    return pieces
+
+
+def zero_points(checkpoint: Int4Checkpoint, module: str, groups: int) -> Pieces:
+    """Zero points of a module as MatMulNBits wants them: uint8, code + 2^(bits-1), for 4 bits two a byte, low first."""
+
+    def pieces() -> Iterator[npt.NDArray[Any]]:
+        zero_NG, bits = checkpoint.zeros(module), checkpoint.layout(module).bits
+        assert zero_NG is not None, module
+        zero_NG = zero_NG.repeat_interleave(groups // zero_NG.shape[1], 1)
+        yield pack_codes(zero_NG, bits).view(torch.uint8)[:, : zero_bytes(groups, bits)].numpy()
+
+    return pieces
+
+
+def zero_bytes(groups: int, bits: int) -> int:
+    """Bytes of one row's zero points."""
+    return -(-groups * bits // 8)
 
 
 def floats(checkpoint: Int4Checkpoint, name: str, offset: float = 0.0) -> Pieces:

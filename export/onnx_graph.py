@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from export.grids import grid_of
-from export.onnx_data import DataFile, floats, packed_codes, scales
+from export.grids import onnx_layout
+from export.onnx_data import DataFile, floats, packed_codes, scales, zero_bytes, zero_points
 from nano.errors import require_module
 from nano.families import EMBEDDING, FINAL_NORM, HEAD, QK_NORMS, Family, family_of, layer_prefix, linear_shapes
 from nano.shapes import SLIDING, ModelShape
-from quantize.packed import Int4Checkpoint
+from quantize.packed import Int4Checkpoint, Layout
 
 MICROSOFT = "com.microsoft"
 END = np.iinfo(np.int64).max
@@ -101,14 +101,19 @@ class DecoderGraph:
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
-    def _grid_weights(self, module: str) -> Any:
-        """Lay out codes and scales of a quantized module; its `Grid`."""
-        grid = grid_of(self.checkpoint, module)
+    def _grid_weights(self, module: str) -> Layout:
+        """Lay out codes, scales and zero points of a quantized module; its layout by the operator's blocks."""
+        grid = onnx_layout(self.checkpoint, module)
         if module not in self.modules:
-            codes, scale = f"{module}.codes", f"{module}.scales"
-            self.data.place(codes, grid.code_bytes, packed_codes(self.checkpoint, module))
-            self.data.place(scale, 4 * grid.rows * grid.groups, scales(self.checkpoint, module))
-            self.modules[module] = {"codes": codes, "scales": scale, "bits": grid.bits, "group_size": grid.group_size}
+            names = {"codes": f"{module}.codes", "scales": f"{module}.scales"}
+            row = grid.columns * grid.bits // 8
+            self.data.place(names["codes"], grid.rows * row, packed_codes(self.checkpoint, module))
+            self.data.place(names["scales"], 4 * grid.rows * grid.groups, scales(self.checkpoint, module, grid.groups))
+            if not grid.symmetric:
+                names["zero_points"] = f"{module}.zero_points"
+                size = grid.rows * zero_bytes(grid.groups, grid.bits)
+                self.data.place(names["zero_points"], size, zero_points(self.checkpoint, module, grid.groups))
+            self.modules[module] = {**names, "bits": grid.bits, "group_size": grid.group_size}
         return grid
 
     def _float_weight(self, module: str, size: tuple[int, ...], offset: float = 0.0) -> Any:
@@ -129,9 +134,12 @@ class DecoderGraph:
         # a shared weight is a second initializer over the same bytes: the two operators want other ranks
         codes_name = names["codes"] if source == module else f"{module}.codes"
         codes = self.initializer(codes_name, "UINT8", (grid.rows, grid.groups, blob), names["codes"])
-        scale = self.initializer(names["scales"], "FLOAT", (grid.rows, grid.groups))
+        weights = [codes, self.initializer(names["scales"], "FLOAT", (grid.rows, grid.groups))]
+        if not grid.symmetric:
+            length = grid.rows * zero_bytes(grid.groups, grid.bits)
+            weights.append(self.initializer(names["zero_points"], "UINT8", (length,)))
         return self.op(
-            "MatMulNBits", [x, codes, scale], module, domain=MICROSOFT, K=grid.columns, N=grid.rows,
+            "MatMulNBits", [x, *weights], module, domain=MICROSOFT, K=grid.columns, N=grid.rows,
             bits=grid.bits, block_size=grid.group_size, accuracy_level=self.options.accuracy_level,
         )  # fmt: skip
 

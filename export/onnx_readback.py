@@ -38,16 +38,25 @@ def read_codes(folder: Path) -> Iterator[tuple[str, QuantizedTensor]]:
         if place in seen:
             continue  # a tied head: the embedding's very bytes
         seen.add(place)
-        yield node.name, _tensor(node, codes.const_value.numpy(), scales.const_value.numpy())
+        zeros = node.inputs[3].const_value.numpy() if len(node.inputs) > 3 else None
+        yield node.name, _tensor(node, codes.const_value.numpy(), scales.const_value.numpy(), zeros)
 
 
-def _tensor(node: Any, packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> QuantizedTensor:
+def _tensor(
+    node: Any, packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], zeros: npt.NDArray[np.uint8] | None
+) -> QuantizedTensor:
     bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
-    packed_NB = packed.reshape(packed.shape[0], -1)
+    rows, groups = scales.shape
+    codes_NK = _unpack(packed.reshape(rows, -1), bits)
+    zero_NG = None if zeros is None else _unpack(zeros.reshape(rows, -1), bits)[:, :groups]
+    return QuantizedTensor(codes_NK, torch.from_numpy(scales.copy()), block, bits, zero_NG)
+
+
+def _unpack(packed_NB: npt.NDArray[np.uint8], bits: int) -> torch.Tensor:
+    """Unsigned fields of bytes, the first in the lowest bits, to int8 codes: less 2^(bits-1)."""
     fields = 8 // bits
     unsigned_NK = np.empty((packed_NB.shape[0], packed_NB.shape[1] * fields), np.uint8)
     for field in range(fields):
         unsigned_NK[:, field::fields] = (packed_NB >> (field * bits)) & ((1 << bits) - 1)
     unsigned_NK -= np.uint8(1 << (bits - 1))  # wraps below zero, as int8 reads it
-    codes_NK = unsigned_NK.view(np.int8)
-    return QuantizedTensor(torch.from_numpy(codes_NK), torch.from_numpy(scales.copy()), block, bits)
+    return torch.from_numpy(unsigned_NK.view(np.int8))

@@ -15,6 +15,7 @@ from nano.folder import check_output, require_space, staged_folder
 from nano.manifest import Manifest, input_entry, write_manifest
 from nano.progress import say
 from nano.tokens import copy_tokenizer, load_tokenizer
+from quantize.bnb import refuse_export
 from quantize.packed import Int4Checkpoint
 
 
@@ -42,6 +43,7 @@ def run_export(
         WorkError: the artifact read back does not equal the checkpoint.
     """
     check_output(out, force=force)
+    refuse_export(int4)
     with Int4Checkpoint(int4) as checkpoint:
         tokenizer = load_tokenizer(int4, checkpoint.shape.vocab_size)
         require_space(out, 3 * sum(p.stat().st_size for p in int4.glob("*.safetensors")))

@@ -26,7 +26,7 @@ import torch
 from nano.errors import WorkError
 from quantize.grid import QuantizedTensor, bf16_exact, code_range
 from quantize.recipe import Grid
-from quantize.scales import search_scales
+from quantize.scales import search_scales, search_zero_points
 
 BLOCK = 128
 """Columns rounded before the rest is updated in one product (the paper's lazy batch)."""
@@ -113,21 +113,51 @@ def correct(weight_NK: torch.Tensor, missing_NK: torch.Tensor, solve: Curvature)
     return weight_NK + shift_NK
 
 
-def gptq(target_NK: torch.Tensor, solve: Curvature, grid: Grid) -> QuantizedTensor:
-    """Codes and scales nearest in output to a weight (N, K), for inputs of a given curvature.
+def gptq(target_NK: torch.Tensor, solve: Curvature, grid: Grid, refine: bool = True) -> QuantizedTensor:
+    """Codes, scales and zero points nearest in output to a weight (N, K), for inputs of a given curvature.
 
-    A group of zeros has no scale of its own to carry other channels' errors: it stays zero.
+    Zero points are fixed before: (code - zero) x scale - target = code x scale - (target + zero x scale), so an
+    asymmetric grid is the symmetric problem for a shifted target, and only a new scale must be fitted to levels,
+    code - zero. A group of zeros has no scale of its own to carry other channels' errors: it stays zero.
     """
     target_NK = target_NK.float()
-    n, k = target_NK.shape
-    scale_NG = search_scales(target_NK, grid.group_size, grid.bits, solve.importance_K)
-    codes_NK = recursion(target_NK, scale_NG, solve, grid)
-    scale_NG = refit_scales(target_NK, codes_NK, scale_NG, solve, grid)
-    codes_NK = recursion(target_NK, scale_NG, solve, grid)
-    codes_NK = descend(target_NK, codes_NK, scale_NG, solve, grid)
-    empty_NG = (target_NK.view(n, k // grid.group_size, -1) == 0).all(-1)
-    codes_NK.view(n, k // grid.group_size, -1)[empty_NG] = 0
-    return QuantizedTensor(codes_NK, scale_NG, grid.group_size, grid.bits)
+    zero_NG = None
+    if grid.symmetric:
+        scale_NG = search_scales(target_NK, grid.group_size, grid.bits, solve.importance_K)
+    else:
+        scale_NG, zero_NG = search_zero_points(target_NK, grid.group_size, grid.bits, solve.importance_K)
+    codes_NK = recursion(_shifted(target_NK, scale_NG, zero_NG, grid), scale_NG, solve, grid)
+    if not refine:
+        return QuantizedTensor(
+            _with_empty_groups(target_NK, codes_NK, zero_NG, grid), scale_NG, grid.group_size, grid.bits, zero_NG
+        )
+    levels_NK = (
+        codes_NK if zero_NG is None else codes_NK.float() - zero_NG.float().repeat_interleave(grid.group_size, 1)
+    )
+    scale_NG = refit_scales(target_NK, levels_NK, scale_NG, solve, grid)
+    shifted_NK = _shifted(target_NK, scale_NG, zero_NG, grid)
+    codes_NK = recursion(shifted_NK, scale_NG, solve, grid)
+    codes_NK = descend(shifted_NK, codes_NK, scale_NG, solve, grid)
+    return QuantizedTensor(
+        _with_empty_groups(target_NK, codes_NK, zero_NG, grid), scale_NG, grid.group_size, grid.bits, zero_NG
+    )
+
+
+def _with_empty_groups(
+    target_NK: torch.Tensor, codes_NK: torch.Tensor, zero_NG: torch.Tensor | None, grid: Grid
+) -> torch.Tensor:
+    """The codes with 0.0 where a whole group is zero."""
+    empty_NG = (target_NK.view(len(target_NK), -1, grid.group_size) == 0).all(-1)
+    nothing = 0 if zero_NG is None else zero_NG[empty_NG][:, None]
+    codes_NK.view(len(target_NK), -1, grid.group_size)[empty_NG] = nothing
+    return codes_NK
+
+
+def _shifted(target_NK: torch.Tensor, scale_NG: torch.Tensor, zero_NG: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+    """target + zero x scale."""
+    if zero_NG is None:
+        return target_NK
+    return target_NK + (zero_NG * scale_NG).repeat_interleave(grid.group_size, 1)
 
 
 def recursion(target_NK: torch.Tensor, scale_NG: torch.Tensor, solve: Curvature, grid: Grid) -> torch.Tensor:
@@ -153,7 +183,10 @@ def recursion(target_NK: torch.Tensor, scale_NG: torch.Tensor, solve: Curvature,
 def refit_scales(
     target_NK: torch.Tensor, codes_NK: torch.Tensor, scale_NG: torch.Tensor, solve: Curvature, grid: Grid
 ) -> torch.Tensor:
-    """Scales (N, G), each in turn at its least-squares optimum for given codes, and a bfloat16 again."""
+    """Scales (N, G), each in turn at its least-squares optimum for given codes, and a bfloat16 again.
+
+    On an asymmetric grid `codes_NK` are levels: codes less their zero point.
+    """
     scale_NG, codes_NK = scale_NG.clone(), codes_NK.float()
     solved_NK = codes_NK * scale_NG.repeat_interleave(grid.group_size, 1)
     slope_NK = (solved_NK - target_NK) @ solve.hessian_KK

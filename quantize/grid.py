@@ -46,6 +46,12 @@ class QuantizedTensor:
                 found=f"codes {n} x {k}, scales {tuple(self.scale_NG.shape)}",
                 expected=f"one scale for every {self.group_size} input channels",
             )
+        if self.zero_NG is not None and (self.zero_NG.dtype, self.zero_NG.shape) != (torch.int8, self.scale_NG.shape):
+            raise BadFileError(
+                "A quantized weight's zero points do not fit its scales.",
+                found=f"{self.zero_NG.dtype} {tuple(self.zero_NG.shape)}",
+                expected=f"int8 {tuple(self.scale_NG.shape)}",
+            )
 
     def dequantize(self) -> torch.Tensor:
         """float32 (N, K): (code - zero) x scale."""
@@ -54,6 +60,11 @@ class QuantizedTensor:
         if self.zero_NG is not None:
             codes_NGg = codes_NGg - self.zero_NG.float()[..., None]
         return (codes_NGg * self.scale_NG[..., None]).view(n, k)
+
+    def cpu(self) -> QuantizedTensor:
+        """The same in main memory."""
+        zero_NG = None if self.zero_NG is None else self.zero_NG.cpu()
+        return QuantizedTensor(self.codes_NK.cpu(), self.scale_NG.cpu(), self.group_size, self.bits, zero_NG)
 
 
 def code_range(bits: int) -> tuple[int, int]:
@@ -67,9 +78,17 @@ def bf16_exact(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(rounded >= 2.0**-24, rounded, torch.full_like(rounded, 2.0**-24))
 
 
-def round_to_codes(weight_NK: torch.Tensor, scale_NG: torch.Tensor, group_size: int, bits: int = 4) -> torch.Tensor:
-    """int8 codes nearest to a weight on a given symmetric grid."""
+def round_to_codes(
+    weight_NK: torch.Tensor,
+    scale_NG: torch.Tensor,
+    group_size: int,
+    bits: int = 4,
+    zero_NG: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """int8 codes nearest to a weight on a given grid."""
     low, high = code_range(bits)
     n, k = weight_NK.shape
     scaled_NGg = weight_NK.float().view(n, -1, group_size) / scale_NG[..., None]
+    if zero_NG is not None:
+        scaled_NGg = scaled_NGg.round_().add_(zero_NG[..., None])
     return scaled_NGg.round().clamp_(low, high).to(torch.int8).view(n, k)

@@ -14,6 +14,7 @@ from nano.tokens import load_tokenizer
 from nano.torch_lm import TorchModel
 from quantize.activations import Int8ActivationLinear, Int8TokenLinear, int8_per_block
 from quantize.packed import Int4Checkpoint
+from quantize.runtimes import onnx_block
 
 
 def load_dequantised(checkpoint: Int4Checkpoint) -> Any:
@@ -47,7 +48,9 @@ def simulate_int8(model: Any, checkpoint: Int4Checkpoint, activations: Activatio
         if activations == "int8-xnnpack":
             setattr(parent, leaf, Int8TokenLinear(weight_NK))
         else:
-            quantize = partial(int8_per_block, block=checkpoint.quantized(name).group_size)
+            grid = checkpoint.layout(name)
+            block = onnx_block(grid.columns, grid.group_size) or grid.group_size
+            quantize = partial(int8_per_block, block=block)
             setattr(parent, leaf, Int8ActivationLinear(weight_NK, quantize))
 
 

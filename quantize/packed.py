@@ -1,9 +1,10 @@
 """The int4 checkpoint on disk: compressed-tensors "pack-quantized", as transformers and vLLM load it.
 
 A quantized module `M` is stored as `M.weight_packed` (int32, eight 4-bit codes + 8 a word, lowest nibble first),
-`M.weight_scale` and `M.weight_shape`; the rest of the model as usual. Format:
-https://github.com/vllm-project/compressed-tensors (compressors/pack_quantized). Nibbles exist only here and in
-the export writers; everywhere else codes are int8.
+`M.weight_scale` and `M.weight_shape`, on an asymmetric grid `M.weight_zero_point` too (packed like the codes, but
+along N); the rest of the model as usual. Format: https://github.com/vllm-project/compressed-tensors
+(compressors/pack_quantized). An embedding on the grid is stored dense, see `quantize.tables`. Nibbles exist only
+here and in the export writers; everywhere else codes are int8.
 
 Legend: N output channels, K input channels, G groups, W = K * bits / 32 words.
 """
@@ -11,7 +12,9 @@ Legend: N output channels, K input channels, G groups, W = K * bits / 32 words.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,10 @@ import torch
 
 from nano.checkpoint import Checkpoint, CheckpointWriter
 from nano.errors import BadFileError, UnsupportedError
-from nano.families import weight_shapes
+from nano.families import EMBEDDING, weight_shapes
 from nano.shapes import ModelShape, read_config
 from quantize.grid import QuantizedTensor
+from quantize.tables import codes_of, dense_of, open_tables, write_tables
 
 PACKED, SCALE, SHAPE, ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
 
@@ -31,7 +35,7 @@ def pack_codes(codes_NK: torch.Tensor, bits: int) -> torch.Tensor:
     per_byte, per_word = 8 // bits, 32 // bits
     unsigned_NK = codes_NK.contiguous().view(torch.uint8) + (1 << (bits - 1))
     unsigned_NK = torch.nn.functional.pad(unsigned_NK, (0, -codes_NK.shape[1] % per_word))
-    bytes_NB = unsigned_NK[:, 0::per_byte].clone()
+    bytes_NB = unsigned_NK[:, 0::per_byte].clone(memory_format=torch.contiguous_format)
     for field in range(1, per_byte):
         bytes_NB |= unsigned_NK[:, field::per_byte] << (field * bits)
     return bytes_NB.view(torch.int32)
@@ -47,6 +51,29 @@ def unpack_codes(words_NW: torch.Tensor, columns: int, bits: int) -> torch.Tenso
     torch.bitwise_right_shift(bytes_NB, 4, out=fields_NB2[..., 1])
     codes_NK = fields_NB2.view(torch.int8).flatten(-2).sub_(8)
     return codes_NK if codes_NK.shape[1] == columns else codes_NK[:, :columns].contiguous()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a module lies on the grid, without reading its codes.
+
+    Attributes:
+        rows, columns: N and K.
+        group_size: input channels that share a scale.
+        bits: 4 or 8.
+        symmetric: whether code 0 means 0.0.
+    """
+
+    rows: int
+    columns: int
+    group_size: int
+    bits: int
+    symmetric: bool = True
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.columns // self.group_size
 
 
 class Int4Checkpoint:
@@ -68,15 +95,16 @@ class Int4Checkpoint:
         self.shape = ModelShape.from_hf(self.config)
         self._groups = _scheme(self.config, folder)
         self.store = Checkpoint(folder)
-        self._modules = {n[: -len(PACKED)] for n in self.store.names() if n.endswith(PACKED)}
+        self._tables = open_tables(folder)
+        packed = {n[: -len(PACKED)] for n in self.store.names() if n.endswith(PACKED)}
+        self._modules = packed | set(self._tables)
         self._check()
 
     def _check(self) -> None:
         for name, size in weight_shapes(self.shape).items():
             module = name.removesuffix(".weight")
-            found = (
-                tuple(self.store.tensor(module + SHAPE).tolist()) if module in self._modules else self.store.size(name)
-            )
+            packed = module in self._modules and module not in self._tables
+            found = tuple(self.store.tensor(module + SHAPE).tolist()) if packed else self.store.size(name)
             if found != size:
                 raise BadFileError(f"'{name}' does not fit config.json.", found=str(found), expected=str(size))
 
@@ -89,20 +117,55 @@ class Int4Checkpoint:
     def __contains__(self, module: str) -> bool:
         return module in self._modules
 
-    def quantized(self, module: str) -> QuantizedTensor:
-        """Codes and scales of one module."""
-        words = self.store.tensor(module + PACKED)
-        _n, k = (int(v) for v in self.store.tensor(module + SHAPE))
-        scale_NG = self.store.tensor(module + SCALE).float()
-        bits = words.shape[1] * 32 // k
-        if k % scale_NG.shape[1] or bits not in (4, 8):
-            found = f"{words.shape[1]} words, {scale_NG.shape[1]} scales for {k} columns"
+    def layout(self, module: str) -> Layout:
+        """How a module lies on the grid, from headers (and a table's scales) alone.
+
+        Raises:
+            BadFileError: on no grid of ours.
+        """
+        if module in self._tables:
+            bits, scale_VG = self._tables[module]
+            (rows, columns), groups, words = self.store.size(module + ".weight"), scale_VG.shape[1], 0
+        else:
+            rows, columns = (int(v) for v in self.store.tensor(module + SHAPE))
+            words, groups = self.store.size(module + PACKED)[1], self.store.size(module + SCALE)[1]
+            bits = 8 if words > math.ceil(columns / 8) else 4
+        if bits not in (4, 8) or columns % groups or words not in (0, math.ceil(columns * bits / 32)):
+            found = f"{words} words, {groups} scales for {columns} columns"
             raise BadFileError(f"'{module}' is not on a grid of ours.", found=found)
-        return QuantizedTensor(unpack_codes(words, k, bits), scale_NG, k // scale_NG.shape[1], bits)
+        return Layout(rows, columns, columns // groups, bits, module + ZERO not in self.store)
+
+    def words(self, module: str, start: int, stop: int) -> torch.Tensor:
+        """Packed codes of rows [start, stop) of a module, int32 (rows, W), without reading the others."""
+        if module not in self._tables:
+            return self.store.rows(module + PACKED, start, stop)
+        bits, scale_VG = self._tables[module]
+        name = module + ".weight"
+        return pack_codes(codes_of(self.store.rows(name, start, stop), scale_VG[start:stop], bits, name), bits)
+
+    def scales(self, module: str) -> torch.Tensor:
+        """Scales of a module, float32 (N, G)."""
+        return self._tables[module][1] if module in self._tables else self.store.tensor(module + SCALE).float()
+
+    def zeros(self, module: str) -> torch.Tensor | None:
+        """Codes that mean 0.0, int8 (N, G); None on a symmetric grid."""
+        layout = self.layout(module)
+        if layout.symmetric:
+            return None
+        words_WG = self.store.tensor(module + ZERO)
+        return unpack_codes(words_WG.T, layout.rows, layout.bits).T.contiguous()
+
+    def quantized(self, module: str) -> QuantizedTensor:
+        """Codes, scales and zero points of one module."""
+        layout = self.layout(module)
+        codes_NK = unpack_codes(self.words(module, 0, layout.rows), layout.columns, layout.bits)
+        return QuantizedTensor(codes_NK, self.scales(module), layout.group_size, layout.bits, self.zeros(module))
 
     def dense(self, name: str) -> torch.Tensor:
-        """A float tensor by its full name; a module on the grid comes dequantised."""
+        """A float tensor by its full name; a module on the grid comes dequantised, in float32."""
         module = name.removesuffix(".weight")
+        if module in self._tables:
+            return self.store.tensor(name).float()
         return self.quantized(module).dequantize() if module in self._modules else self.store.tensor(name)
 
     def dense_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -133,9 +196,9 @@ def _scheme(config: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         )
     schemes = [group["weights"] for group in quantization.get("config_groups", {}).values()]
     for weights in schemes:
-        if weights.get("type") != "int" or weights.get("num_bits") not in (4, 8) or not weights.get("symmetric", True):
+        if weights.get("type") != "int" or weights.get("num_bits") not in (4, 8):
             raise UnsupportedError(
-                "This quantization grid is not supported.", found=str(weights), expected="symmetric int4 or int8"
+                "This quantization grid is not supported.", found=str(weights), expected="int4 or int8"
             )
     return schemes
 
@@ -154,14 +217,18 @@ def quantization_config(
             means one scale a row; symmetric where it is not said.
         ignore: modules left in float although a target matches them.
     """
-    config_groups = {}
+    config_groups: dict[str, dict[str, Any]] = {}
     for i, (scheme, targets) in enumerate(groups.items()):
         bits, group, symmetric = (*scheme, True)[:3]
         weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel"}
         if group:
             weights.update(strategy="group", group_size=group)
         config_groups[f"group_{i}"] = {"targets": targets, "weights": weights}
+    # compressed-tensors 0.20 does not pack zero points on the meta device, so transformers finds them of another size
+    # than it expects; told to dequantize while loading it takes them, but by the first group's scheme for all
+    whole = len(config_groups) == 1 and any(not group["weights"]["symmetric"] for group in config_groups.values())
     return {
+        **({"dequantize": True} if whole else {}),
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
@@ -184,13 +251,22 @@ def write_int4(
         tensors: full names ("....weight") with a float tensor or a module on the grid.
         scale_dtype: how scales are stored; float32 makes transformers dequantise exactly, bfloat16 halves them.
     """
+    tables: dict[str, QuantizedTensor] = {}
     with CheckpointWriter(folder) as writer:
         for name, tensor in tensors:
+            module = name.removesuffix(".weight")
             if isinstance(tensor, torch.Tensor):
                 writer.add(name, tensor)
-                continue
-            module = name.removesuffix(".weight")
-            writer.add(module + PACKED, pack_codes(tensor.codes_NK, tensor.bits))
-            writer.add(module + SCALE, tensor.scale_NG.to(scale_dtype))
-            writer.add(module + SHAPE, torch.tensor(tensor.codes_NK.shape, dtype=torch.int64))
+            elif module == EMBEDDING:
+                writer.add(name, dense_of(tensor))
+                tables[module] = tensor
+            else:
+                writer.add(module + PACKED, pack_codes(tensor.codes_NK, tensor.bits))
+                writer.add(module + SCALE, tensor.scale_NG.to(scale_dtype))
+                writer.add(module + SHAPE, torch.tensor(tensor.codes_NK.shape, dtype=torch.int64))
+                if tensor.zero_NG is not None:
+                    writer.add(module + ZERO, pack_codes(tensor.zero_NG.T, tensor.bits).T)
+    write_tables(folder, tables)
+    if tables and not {"dtype", "torch_dtype"} & set(config):
+        config = {**config, "dtype": "float32"}  # else loaders take the first tensor's, which may be float16
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

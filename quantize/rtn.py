@@ -28,8 +28,9 @@ def round_to_nearest(weight_NK: torch.Tensor, grid: Grid) -> QuantizedTensor:
 
 def round_table(weight_VD: torch.Tensor, grid: Grid) -> QuantizedTensor:
     """An embedding (V, D) on a symmetric grid whose values an int4 folder can hold densely (`quantize.tables`)."""
-    scale_VG = half_exact(search_scales(weight_VD, grid.group_size, grid.bits), grid.bits)
-    return QuantizedTensor(round_to_codes(weight_VD, scale_VG, grid.group_size, grid.bits), scale_VG, grid.group_size, grid.bits)  # noqa: E501  # fmt: skip
+    bits, group = grid.bits, grid.group_size
+    scale_VG = search_scales(weight_VD, group, bits, exact=lambda scale: half_exact(scale, bits))
+    return QuantizedTensor(round_to_codes(weight_VD, scale_VG, group, bits), scale_VG, group, bits)
 
 
 def rounded_layers(student: Student, grids: Mapping[str, Grid], finished: Finished) -> Iterator[LayerResult]:

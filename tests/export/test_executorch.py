@@ -229,7 +229,7 @@ def test_what_the_kernels_cannot_take_is_refused_first(
     assert "8 bits" in refused(int4_folder(llama, bits=8))
     float_linear = int4_folder(llama, keep=("model.layers.1.mlp.up_proj",))
     assert "'model.layers.1.mlp.up_proj' is float" in refused(float_linear)
-    assert "or 8 bits a row" in refused(rewritten(plain, tmp_path / "grouped", bits=8, group=32))
+    assert "8 bits symmetric by channel" in refused(rewritten(plain, tmp_path / "grouped", bits=8, group=32))
     inexact = refused(rewritten(plain, tmp_path / "inexact", bits=4, group=32, exact=False))
     assert "no bfloat16" in inexact
     capped = tiny_model("gemma3_text", final_logit_softcapping=30.0)
@@ -307,15 +307,15 @@ def test_a_linear_without_the_kernel_is_an_error(
 ) -> None:
     from dataclasses import replace
 
-    from export.executorch_facts import require_blockwise
+    from export.executorch_facts import require_kernels
     from export.executorch_readback import named_filters
 
     int4 = int4_folder(tiny_model("llama"), embedding=True)
     folder, _ = exported(int4, context=96, chunk=8)
     with open_pte(folder) as pte, Int4Checkpoint(int4) as checkpoint:
         filters = dict(named_filters(pte))
-        require_blockwise(filters, checkpoint.shape)
+        require_kernels(filters, checkpoint.shape)
         name = "model.layers.1.mlp.gate_proj"
         filters[name] = replace(filters[name], kind="xnn_datatype_fp32")
         with pytest.raises(WorkError, match=r"1 of 14, the first is 'model\.layers\.1\.mlp\.gate_proj'"):
-            require_blockwise(filters, checkpoint.shape)
+            require_kernels(filters, checkpoint.shape)
