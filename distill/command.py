@@ -17,7 +17,7 @@ def distill(
     *,
     teacher: str,
     student: Annotated[tuple[str, ...], Parameter(negative=())],
-    data: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative=())],
+    data: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())],
     out: Annotated[tuple[Path, ...], Parameter(negative=())],
     options: Annotated[DistillOptions, Parameter(name="*")] = DEFAULT,
     resume: Annotated[bool, Parameter(negative=())] = False,
@@ -37,7 +37,9 @@ def distill(
         nano-1, nano-2, or a number of parameters like 1.2B, 40M, 150k. Several (--student A --student B, each
         with its --out) are trained in one pass of the teacher.
     data
-        Text to train on (plain text, or JSONL with "text"); may be repeated. A share is held out and measured.
+        Text to train on, several if wished: a file (plain text, JSONL, parquet), a folder of files, a dataset saved by
+        `datasets`, or a hub id as ORG/NAME:SPLIT. Records hold "text" or a conversation's "messages", of which the
+        answers are learnt. --data a.jsonl=0.7 b.jsonl=0.3 mixes by weight. A share is held out and measured.
     out
         The folder to make; one for each student.
     resume

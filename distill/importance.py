@@ -83,7 +83,7 @@ def measure(model: Any, shape: ModelShape, batches: list[Batch], dropped: Sequen
     with torch.inference_mode(), skipped(model, dropped), _hooks(model, shape, sums), watching as progress:
         for batch in batches:
             sums.keep_BT = positions_of(batch)
-            sums.positions += int(batch.real_N.numel())
+            sums.positions += int(sums.keep_BT.sum())
             hidden_states(model, shape, batch)
             progress.advance()
     return _scores(model, shape, sums)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from distill.data import PAD, Batch
+from distill.data import Batch
+from distill.packing import PAD
 from nano.shapes import FULL, SLIDING, ModelShape
 
 

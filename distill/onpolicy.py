@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distill.data import NO_TARGET, PAD, Batch, Rows, make_batch
+from distill.data import NO_TARGET, Batch, Rows, make_batch
+from distill.packing import PAD
 
 CHOOSE, SAMPLE = 1, 2
 """Streams of random numbers, apart from the one that shuffles rows."""

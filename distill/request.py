@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.data import Rows, pack, split_documents, training_rows
+from distill.data import Rows
 from distill.options import DistillOptions
 from distill.state import StateFolder, checkpoint_folder
-from nano.corpus import cut_windows, describe_data, read_documents
+from distill.text import load_text
 from nano.errors import OutputExistsError, RequestError, UnsupportedError
 from nano.folder import check_output
 from nano.manifest import fingerprint
 from nano.progress import say, warn
 from nano.shapes import FULL, SLIDING, ModelShape, read_config
 from nano.solve import solve_student
+from nano.sources import Source, open_sources
 from nano.tokens import load_tokenizer
 
 MANY_EPOCHS = 20
@@ -33,7 +34,7 @@ class Job:
         config: its config.json (the text part).
         teacher_shape, shape: of the teacher; asked of the student.
         rows, held_out: training and held-out text, packed.
-        data: files of text.
+        sources: where the text came from.
         options: how to train.
         identity: everything the result depends on; a state of another identity is not resumed.
         endings: ids that end a text.
@@ -45,13 +46,13 @@ class Job:
     shape: ModelShape
     rows: Rows
     held_out: Rows
-    data: tuple[Path, ...]
+    sources: tuple[Source, ...]
     options: DistillOptions
     identity: Mapping[str, Any]
     endings: tuple[int, ...] = ()
 
 
-def check_request(data: Sequence[Path], outs: Sequence[Path], *, force: bool, resume: bool | None) -> None:
+def check_request(data: Sequence[str | Path], outs: Sequence[Path], *, force: bool, resume: bool | None) -> None:
     """What can be refused without reading anything.
 
     Raises:
@@ -80,7 +81,7 @@ def check_request(data: Sequence[Path], outs: Sequence[Path], *, force: bool, re
 
 
 def prepare(
-    teacher: Path, students: Sequence[str | ModelShape], data: Sequence[Path], options: DistillOptions
+    teacher: Path, students: Sequence[str | ModelShape], data: Sequence[str | Path], options: DistillOptions
 ) -> list[Job]:
     """Check the teacher, the text and the shapes against each other; a job for each student.
 
@@ -104,30 +105,25 @@ def prepare(
     targets = [s if isinstance(s, ModelShape) else solve_student(shape, s) for s in students]
     for target in targets:
         check_shapes(shape, target, start=options.start)
-    documents = read_documents(data)
+    sources = open_sources(data)
     from nano.torch_lm import check_float_folder
 
     check_float_folder(teacher)
     tokenizer = load_tokenizer(teacher, shape.vocab_size)
     for target in targets:
         say(f"student: {describe(target)}")
-    training, held = split_documents(documents, options.held_out, options.seed)
-    if not training or not held:
-        raise RequestError(
-            "The text is too short.", found="nothing to hold out and train on beside", todo="give more text"
-        )
-    rows = training_rows(training, tokenizer, options.length, options.batch)
-    held_out = pack(cut_windows(held, tokenizer, options.length, max_tokens=options.eval_tokens), options.length)
+    text = load_text(sources, tokenizer, options)
+    rows, held_out = text.rows, text.held_out
     epochs = options.steps * options.batch / len(rows)
     if epochs > MANY_EPOCHS:
         warn(f"the text is repeated {epochs:.0f} times; give more text or fewer --steps")
     seen = f"{rows.tokens:,} tokens in {len(rows):,} sequences, seen {epochs:.1f} times"
     say(f"text: {seen}; {held_out.tokens:,} held out")
     endings = tokenizer.eos_ids if tokenizer.bos_id is None else (*tokenizer.eos_ids, tokenizer.bos_id)
-    shared = _identity(teacher, data, options)
+    shared = _identity(teacher, sources, options)
     return [
         Job(
-            teacher, config, shape, target, rows, held_out, tuple(data), options,
+            teacher, config, shape, target, rows, held_out, sources, options,
             {**shared, "shape": json.loads(json.dumps(dataclasses.asdict(target)))}, endings,
         )
         for target in targets
@@ -175,8 +171,8 @@ def describe(shape: ModelShape) -> str:
     )
 
 
-def _identity(teacher: Path, data: Sequence[Path], options: DistillOptions) -> dict[str, Any]:
+def _identity(teacher: Path, sources: Sequence[Source], options: DistillOptions) -> dict[str, Any]:
     settings = {k: v for k, v in dataclasses.asdict(options).items() if k != "save_every"}
-    files = [entry["sha256"] for entry in describe_data(data, tokens=0)["files"]]
+    files = [(source.fingerprint(), source.weight) for source in sources]
     plain = {"teacher": fingerprint(teacher), "data": files, **settings}
     return dict(json.loads(json.dumps(plain)))

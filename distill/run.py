@@ -17,7 +17,7 @@ from nano.shapes import ModelShape
 def run_distill(
     teacher: Path,
     student: str | ModelShape,
-    data: Sequence[Path],
+    data: Sequence[str | Path],
     out: Path,
     options: DistillOptions,
     force: bool = False,
@@ -36,7 +36,7 @@ def run_distill(
 def run_distill_many(
     teacher: Path,
     students: Sequence[tuple[str | ModelShape, Path]],
-    data: Sequence[Path],
+    data: Sequence[str | Path],
     options: DistillOptions,
     force: bool = False,
     *,
@@ -49,7 +49,7 @@ def run_distill_many(
     Args:
         teacher: a float HF folder.
         students: what to make and the folder to make it in.
-        data: text files.
+        data: text, see `nano.sources`.
         options: how to cut and train.
         force: replace the outputs once the new ones are whole.
         resume: go on from the states beside the outputs; None does so where a state is of this very run, and else

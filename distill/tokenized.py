@@ -214,7 +214,8 @@ class _Encoded:
 
 def _encoded(documents: Iterable[Document], tokenizer: TextTokenizer) -> Iterator[_Encoded]:
     """Documents in order, as ids; a conversation may give several."""
-    special, waiting, size = tokenizer.special_tokens(), [], 0
+    special, size = tokenizer.special_tokens(), 0
+    waiting: list[tuple[str, int, Any]] = []
     for document in documents:
         if isinstance(document, str):
             waiting.append((document, _digest(document), None))
@@ -279,7 +280,14 @@ def _write_shards(folder: Path, found: Iterator[_Encoded], tokenizer: TextTokeni
 
 
 def _save_shard(folder: Path, number: int, ids: Any, documents: Any, answers: Any) -> None:
-    np.save(folder / f"{number:06}-ids.npy", np.concatenate(ids))
-    np.save(folder / f"{number:06}-documents.npy", np.array(documents, DOCUMENT))
+    _save(folder / f"{number:06}-ids.npy", np.concatenate(ids))
+    _save(folder / f"{number:06}-documents.npy", np.array(documents, DOCUMENT))
     if answers:
-        np.save(folder / f"{number:06}-answer.npy", np.concatenate(answers))
+        _save(folder / f"{number:06}-answer.npy", np.concatenate(answers))
+
+
+def _save(path: Path, array: Ids) -> None:
+    """As numpy.save, whose error on a full disk does not say that the disk is full."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.view(np.uint8).data)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.data import Batch, Rows, make_batch, row_order
+from distill.data import Batch, Rows, make_batch
 from distill.losses import Answers, Mix, distillation_loss
 from distill.match import Matcher, states_and_layers
 from distill.models import head_weight
@@ -183,7 +183,7 @@ def one_step(run: Training, seats: list[Seat], step: int) -> None:
     The teacher answers each batch of text once, whatever the number of students.
     """
     options = run.options
-    order = row_order(len(run.rows), options.batch, step, options.seed)
+    order = run.rows.order(options.batch, step, options.seed)
     text_order, own_order = split_step(order, options.on_policy, step, options.seed)
     text = list(_micro_batches(run, text_order))
     for seat in seats:

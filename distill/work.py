@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.data import Batch, batches, make_batch, row_order
+from distill.data import Batch, batches, make_batch
 from distill.depth import layers_to_drop
 from distill.importance import measure as measure_importance
 from distill.losses import Comparison
@@ -28,7 +28,7 @@ from distill.state import METRICS, StateFolder
 from distill.teacher import LiveTeacher, open_teacher
 from distill.train import Pupil, Training, train
 from nano.checkpoint import Checkpoint, write_checkpoint
-from nano.corpus import describe_data
+from nano.corpus import describe_sources
 from nano.families import EMBEDDING, weight_shapes
 from nano.folder import staged_folder
 from nano.manifest import Manifest, input_entry, write_manifest
@@ -149,7 +149,7 @@ def _pruned(job: Job, teacher: LiveTeacher, calibration: list[Batch]) -> tuple[A
 def _calibration(job: Job, device: str) -> list[Batch]:
     """The first rows that training would see."""
     count = min(len(job.rows), max(1, math.ceil(job.options.calibration_tokens / job.options.length)))
-    order = np.sort(row_order(len(job.rows), count, 0, job.options.seed))
+    order = np.sort(job.rows.order(count, 0, job.options.seed))
     return [make_batch(job.rows, order[at : at + EVAL_BATCH], device) for at in range(0, count, EVAL_BATCH)]
 
 
@@ -203,7 +203,7 @@ def _write(folder: Path, assignment: Assignment, pupil: Pupil, trained: Comparis
             inputs={"teacher": input_entry(job.teacher)},
             recipe=dataclasses.asdict(job.options),
             data={
-                **describe_data(job.data, tokens=int(facts["tokens"]), seed=job.options.seed),
+                **describe_sources(job.sources, tokens=int(facts["tokens"]), seed=job.options.seed),
                 "held_out_share": job.options.held_out,
                 "held_out_tokens": trained.tokens,
             },

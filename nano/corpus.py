@@ -18,7 +18,7 @@ import numpy.typing as npt
 from nano.chat import render_chat
 from nano.documents import Document
 from nano.errors import RequestError
-from nano.sources import open_sources
+from nano.sources import Source, open_sources
 from nano.tokens import TextTokenizer
 
 Ids = npt.NDArray[np.int64]
@@ -108,8 +108,13 @@ def sample_windows(
 
 def describe_data(paths: Sequence[str | Path], *, tokens: int, seed: int | None = None) -> dict[str, Any]:
     """What a manifest records of the text that was used."""
+    return describe_sources(open_sources(paths) if paths else (), tokens=tokens, seed=seed)
+
+
+def describe_sources(sources: Sequence[Source], *, tokens: int, seed: int | None = None) -> dict[str, Any]:
+    """The same of sources that are open."""
     files: list[dict[str, Any]] = []
-    for source in open_sources(paths) if paths else ():
+    for source in sources:
         weight = {} if source.weight is None else {"weight": source.weight}
         files.append({"path": source.name, "sha256": source.fingerprint(), **weight})
     return {"files": files, "tokens": tokens, "seed": seed}

@@ -13,6 +13,7 @@ What exists on disk under the whole name is that, whatever signs its name holds.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -38,7 +39,7 @@ class Part:
     Attributes:
         name: for people.
         read: its documents.
-        fingerprint: hex sha256 of its content.
+        fingerprint: hex sha256 of its content, read once.
     """
 
     name: str
@@ -121,7 +122,7 @@ def _parts(name: str) -> tuple[Part, ...]:
 
 
 def _file(path: Path) -> Part:
-    return Part(str(path), lambda: iter_file(path), lambda: sha256_file(path))
+    return Part(str(path), lambda: iter_file(path), functools.cache(lambda: sha256_file(path)))
 
 
 def _folder(path: Path) -> tuple[Part, ...]:
@@ -194,7 +195,7 @@ def _dataset_part(name: str, dataset: Any, split: str) -> Part:
             files = [json.dumps(record, sort_keys=True, default=str) for record in dataset]
         return hashlib.sha256(json.dumps([split, len(dataset), files]).encode()).hexdigest()
 
-    return Part(name, read, fingerprint)
+    return Part(name, read, functools.cache(fingerprint))
 
 
 def _first_line(error: Exception) -> str:

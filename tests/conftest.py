@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,17 @@ def shared_data(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"real data missing: {path} (set NANOKIT_DATA to the folder that holds models/ and text/)")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tokenised text goes to a folder of the session's own."""
+    before = os.environ.get("NANOKIT_CACHE")
+    os.environ["NANOKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("NANOKIT_CACHE")
+    if before is not None:
+        os.environ["NANOKIT_CACHE"] = before
 
 
 @pytest.fixture(scope="session")
