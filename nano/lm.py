@@ -28,6 +28,7 @@ Activations = Literal["float", "int8-xnnpack", "int8-ort"]
 _OPENERS = {
     "student": "nano.torch_lm:open_float",
     "int4": "quantize.lm:open_int4_model",
+    "bitsandbytes": "quantize.bnb:open_bnb",
     "executorch": "export.executorch_runtime:open_executorch",
     "onnx": "export.onnx_runtime:open_onnx",
 }
@@ -62,7 +63,7 @@ class LanguageModel(Protocol):
 
 
 def stage_of(folder: Path) -> str:
-    """Which stage made a folder: "student" (any HF float folder), "int4", "executorch" or "onnx"."""
+    """Which stage made a folder: "student" (any HF float folder), "int4", "bitsandbytes", "executorch" or "onnx"."""
     if has_manifest(folder):
         return read_manifest(folder).kind
     config = read_config(folder)
@@ -72,10 +73,12 @@ def stage_of(folder: Path) -> str:
     if isinstance(quantization, dict) and quantization.get("quant_method") == "compressed-tensors":
         return "int4"
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method == "bitsandbytes":
+        return "bitsandbytes"
     raise BadFileError(
         "This model is quantized in a form that nanokit does not read.",
         found=f"quant_method {method!r} in {folder}",
-        expected="a float model, or compressed-tensors pack-quantized int4",
+        expected="a float model, compressed-tensors pack-quantized int4, or bitsandbytes",
     )
 
 

@@ -23,8 +23,9 @@ from nano.version import __version__
 
 NAME = "manifest.json"
 SCHEMA_VERSION = 1
-KINDS = ("student", "int4", "executorch", "onnx")
-"""Stages' outputs: an HF float folder, a packed HF folder, a .pte bundle, an ONNX Runtime GenAI bundle."""
+KINDS = ("student", "int4", "bitsandbytes", "executorch", "onnx")
+"""Stages' outputs: an HF float folder, a packed HF folder, one of bitsandbytes, a .pte bundle, an ONNX Runtime GenAI
+bundle."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def input_entry(folder: Path) -> dict[str, Any]:
 def library_versions() -> dict[str, str]:
     """Versions of nanokit and of those libraries that are installed and shape an output."""
     found = {"nanokit": __version__, "python": sys.version.split()[0]}
-    for name in ("torch", "transformers", "compressed-tensors", "executorch", "torchao", "onnx", "onnxruntime", "onnxruntime-genai"):  # noqa: E501  # fmt: skip
+    for name in ("torch", "transformers", "compressed-tensors", "executorch", "torchao", "onnx", "onnxruntime", "onnxruntime-genai", "bitsandbytes"):  # noqa: E501  # fmt: skip
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -15,6 +15,7 @@ _LOUD = (
     "torch.export",
     "transformers",
     "compressed_tensors",
+    "bitsandbytes",
     "executorch",
     "root",
 )
