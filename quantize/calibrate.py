@@ -40,8 +40,8 @@ def draw_windows(
     length = min(options.length, max_positions)
     if length < options.length:
         warn(f"windows are cut to the model's {max_positions} positions (--length {options.length} was asked for)")
-    windows = sample_windows(read_documents(data), tokenizer, length, options.samples, options.seed)
-    asked, found = options.samples * length, sum(len(window) for window in windows.ids)
+    windows = sample_windows(read_documents(data), tokenizer, length, options.windows, options.seed)
+    asked, found = options.windows * length, sum(len(window) for window in windows.ids)
     if found < 0.9 * asked:
         warn(
             f"the text gives {found:,} calibration tokens in {len(windows.ids)} windows; {asked:,} were asked for. "
@@ -50,7 +50,7 @@ def draw_windows(
     record = {
         **describe_data(data, tokens=found, seed=options.seed),
         "windows": len(windows.ids),
-        "asked": {"samples": options.samples, "length": options.length},
+        "asked": {"samples": options.windows, "length": options.length},
     }
     return Calibration(windows, record)
 

@@ -34,12 +34,14 @@ class LayerResult:
         error: relative squared output error of each on the calibration text (of its weights, for rtn).
         rounding_error: the same if its target were just rounded to nearest.
         floats: tensors of the layer that stay float but were changed (folded norms), by full tensor name.
+        layer_error: where the layer was tuned as a whole, its outputs' relative squared error before and after.
     """
 
     weights: dict[str, QuantizedTensor] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
     rounding_error: dict[str, float] = field(default_factory=dict)
     floats: dict[str, torch.Tensor] = field(default_factory=dict)
+    layer_error: tuple[float, float] | None = None
 
 
 Finished = Callable[[int], LayerResult | None]

@@ -11,10 +11,16 @@ from nano.errors import RequestError
 from quantize.rules import Rule
 from quantize.runtimes import Runtime
 
-Method = Literal["rtn", "gptq", "best", "recover"]
+Method = Literal["best", "fast", "rtn", "gptq", "tune", "recover", "bnb-nf4", "bnb-int8"]
 
-STEPS = {"best": 200, "recover": 2000}
-"""Training steps of the methods that train, where none are asked for."""
+STEPS = {"tune": 200, "best": 200, "recover": 2000}
+"""Training steps of the methods that train, where none are asked for; tune's are for each layer."""
+
+END_TO_END = ("best", "recover")
+"""Methods that train the whole model at once."""
+
+SAMPLES, FAST_SAMPLES = 128, 32
+"""Calibration windows where none are asked for, of most methods and of fast."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +28,14 @@ class QuantizeOptions:
     """How a float student becomes codes and scales.
 
     Attributes:
-        method: "rtn" rounds each weight to the nearest code, needs no text to be read by the model; "gptq" lets
-            the weights not yet rounded make up for each rounding error, as the calibration text weighs it;
-            "best" is gptq, then a short distillation from the float model through the grid; "recover" is that
-            distillation at length.
+        method: "best" is gptq and then a short distillation from the float model through the grid (layer by layer,
+            as tune, where memory cannot hold a training of the whole model); "fast" is a light gptq on little text,
+            and rtn without any; "rtn" rounds each weight to the nearest code, scales by the least squared error;
+            "gptq" lets the weights not yet rounded make up for each rounding error, as the calibration text weighs
+            it; "tune" is gptq, then learned rounding layer by layer; "recover" is best at length.
+            "bnb-nf4" and "bnb-int8" write bitsandbytes' own formats: quick, without text, for PCs and never for phones.
         group_size: input channels that share a scale: 32, 64, 128, or "channel" for all of them; "auto" is 32, and
-            "channel" for layers whose width 32 does not divide.
+            8 bits with one scale a row for layers whose width 32 does not divide.
         symmetry: "symmetric" grids run on every phone runtime; "asymmetric" ones have a zero point a group, are a
             little more accurate, and run in ONNX Runtime only.
         embedding: "int4" and "int8" put the embedding on a grid too.
@@ -38,11 +46,11 @@ class QuantizeOptions:
             4.5): those that calibration text shows to suffer most at 4 bits get 8. 0 means no budget.
         profile: a phone (see `nanokit profiles`) that the model must fit: linears get 8 bits while it does.
         context: positions in use on that phone; 0 means the model's own limit, at most 2,048.
-        samples: calibration windows.
+        samples: calibration windows; 0 means 128, and 32 for fast.
         length: tokens a calibration window holds.
         seed: which windows are drawn.
         damping: share of the mean curvature added to every input channel before the solve.
-        steps: training steps of best and recover; 0 means 200 for best, 2,000 for recover.
+        steps: training steps; 0 means 200 for best (and for each layer of tune), 2,000 for recover.
         batch: windows in a training step.
         window: tokens a training window holds.
         learning_rate: how far a weight may move in a training step, in codes.
@@ -58,7 +66,7 @@ class QuantizeOptions:
     bits_budget: float = 0.0
     profile: str = ""
     context: int = 0
-    samples: int = 128
+    samples: int = 0
     length: int = 256
     seed: int = 0
     damping: float = 0.01
@@ -69,7 +77,7 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         wrong = {
-            "--samples": self.samples < 1,
+            "--samples": self.samples < 0,
             "--length": self.length < 8,
             "--damping": self.damping < 0,
             "--steps": self.steps < 0,
@@ -84,8 +92,8 @@ class QuantizeOptions:
             raise RequestError(
                 "A number for quantize makes no sense.",
                 found=f"{found[0]} {getattr(self, found[0][2:].replace('-', '_'))}",
-                expected="samples and batch of 1 or more, windows of 8 tokens or more, a positive learning rate, "
-                "damping, steps, bits budget and context of 0 or more",
+                expected="a batch of 1 or more, windows of 8 tokens or more, a positive learning rate, "
+                "samples, damping, steps, bits budget and context of 0 or more",
             )
         if self.bits_budget and self.profile:
             raise RequestError(
@@ -93,3 +101,8 @@ class QuantizeOptions:
                 found=f"--bits-budget {self.bits_budget:g} and --profile {self.profile}",
                 todo="give one of them",
             )
+
+    @property
+    def windows(self) -> int:
+        """Calibration windows to draw."""
+        return self.samples or (FAST_SAMPLES if self.method == "fast" else SAMPLES)

@@ -65,6 +65,7 @@ def write_tensors(job: Job, folder: Path) -> dict[str, Any]:
         "relative_error": errors,
         "rounding_error": before,
         "mean_relative_error": sum(errors.values()) / max(len(errors), 1),
+        "layer_error": {layer: errors.layer_error for layer, errors in enumerate(done) if errors.layer_error},
         **results,
         "padding": job.model.padding,
         "float_modules": float_modules(shape, grids),

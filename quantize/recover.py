@@ -25,7 +25,7 @@ from quantize.grid import QuantizedTensor
 from quantize.journal import Journal
 from quantize.options import QuantizeOptions
 from quantize.student import Student
-from quantize.trainable import TrainableLinear
+from quantize.trainable import BETAS, TrainableLinear, trainable_groups
 from quantize.whole import whole_model
 
 LOGITS_AT_ONCE = 1 << 26
@@ -38,8 +38,6 @@ KEEP_SECONDS = 30
 """Between two savings of the training's state: a kill loses no more."""
 
 WARMUP_STEPS = 20
-BETAS = (0.9, 0.99)
-"""Adam's: the second moment forgets faster than usual, since runs are of hundreds of steps, not of thousands."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def _train(
 
     Goes on from the journal's state where there is one, to the same bits as without the interruption.
     """
-    optimizer = _optimizer(model, options.learning_rate)
+    optimizer = torch.optim.Adam(trainable_groups(model, options.learning_rate, norms=True), betas=BETAS)
     peaks = [group["lr"] for group in optimizer.param_groups]
     first, smooth = _restore(model, optimizer, journal)
     batches, kept = _batches(windows, options), time.monotonic()
@@ -128,16 +126,6 @@ def _train(
             if time.monotonic() - kept > KEEP_SECONDS:
                 _keep(model, optimizer, journal, step + 1, smooth)
                 kept = time.monotonic()
-
-
-def _optimizer(model: Any, learning_rate: float) -> torch.optim.Optimizer:
-    """Adam over what trains, each kind at its own rate."""
-    rates = {"u_NGg": learning_rate, "log_scale_NG": learning_rate / 40, "norm.weight": learning_rate / 20}
-    groups = []
-    for ending, rate in rates.items():
-        chosen = [p.requires_grad_() for name, p in model.named_parameters() if name.endswith(ending)]
-        groups.append({"params": chosen, "lr": rate})
-    return torch.optim.Adam(groups, betas=BETAS)
 
 
 def _batches(windows: list[torch.Tensor], options: QuantizeOptions) -> Iterator[list[torch.Tensor]]:

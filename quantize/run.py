@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from nano.progress import say, warn
 from nano.shapes import ModelShape, read_config
 from nano.tokens import copy_tokenizer, load_tokenizer
 from quantize.calibrate import Calibration, draw_training_windows, draw_windows
-from quantize.options import STEPS, QuantizeOptions
+from quantize.options import END_TO_END, QuantizeOptions
 from quantize.produce import Job, write_tensors
 from quantize.recipe import (
     QuantRecipe,
@@ -63,6 +63,10 @@ def run_quantize(
     from quantize.journal import Journal
 
     check_output(out, force=force)
+    if options.method in ("bnb-nf4", "bnb-int8"):
+        from quantize.bnb import quantize_bnb
+
+        return quantize_bnb(student, out, options, force)
     shape = ModelShape.from_hf(read_config(student))
     own, recipe = (recipe.rules, recipe) if recipe else (options.rules, default_recipe(options, shape.tied))
     with Student(student, padding_multiple(shape, recipe)) as model:
@@ -72,12 +76,11 @@ def run_quantize(
         for words in check_rules(model.shape, recipe, own):
             warn(words)
         tokenizer = load_tokenizer(student, model.shape.vocab_size)
+        asked, options = options, _that_can_run(options, model, bool(data))
         calibration = None if options.method == "rtn" else _calibration(data, tokenizer, options, model)
-        if options.method in STEPS:
-            _check_memory(model)
         training = (
             draw_training_windows(data, tokenizer, options, model.shape.max_positions)
-            if options.method in STEPS
+            if options.method in END_TO_END
             else None
         )
         require_space(out, 3 * model.shape.num_parameters)
@@ -87,7 +90,7 @@ def run_quantize(
                 f"{model.shape.intermediate_size} with zero neurons (exact), so that whole groups fit"
             )
         inputs = {"student": input_entry(student)}
-        rules = {**asdict(options), "rules": recipe.describe()}
+        rules = {**asdict(asked), "rules": recipe.describe(), "ran": options.method}
         record = {**calibration.record} if calibration else {}
         data_record = {**record, "training": training.record} if training else record
         journal = Journal(out, {"inputs": inputs, "recipe": rules, "data": data_record, "versions": library_versions()})
@@ -101,26 +104,42 @@ def run_quantize(
             return write_manifest(folder, manifest)
 
 
-def _check_memory(model: Student) -> None:
-    """Refuse to train what the memory cannot hold: the solving methods need one layer of it, training all.
+def _that_can_run(options: QuantizeOptions, model: Student, has_data: bool) -> QuantizeOptions:
+    """The options with a method that this machine and this request allow.
+
+    The solving methods need one layer's memory, training end to end all of the model's: best then tunes layer by
+    layer. Without text fast is rtn.
 
     Raises:
-        RequestError: says how much is needed and what to do.
+        RequestError: recover does not fit in memory; says how much is needed and what to do.
     """
+    if options.method == "fast" and not has_data:
+        say("fast without --data is rtn: each weight to its nearest code")
+        return replace(options, method="rtn")
+    needed, free = TRAINING_BYTES * model.shape.num_parameters, _free_memory()
+    if options.method not in END_TO_END or needed <= free:
+        return options
+    if options.method == "best":
+        warn(
+            f"training the whole model takes about {human_bytes(needed)} and {human_bytes(free)} are there: "
+            f"best tunes it layer by layer instead"
+        )
+        return replace(options, method="tune")
+    raise RequestError(
+        "This machine's memory cannot hold the training of a model of this size.",
+        found=f"{human_bytes(free)}",
+        expected=f"about {human_bytes(needed)} ({TRAINING_BYTES} bytes a parameter)",
+        todo="use --method tune, which trains one layer at a time, or a machine with more memory",
+    )
+
+
+def _free_memory() -> int:
+    """Bytes of the memory that training would use: the GPU's where there is one."""
     import torch
 
-    needed = TRAINING_BYTES * model.shape.num_parameters
     if torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > free:
-        raise RequestError(
-            "This machine's memory cannot hold the training of a model of this size.",
-            found=f"{human_bytes(free)}",
-            expected=f"about {human_bytes(needed)} ({TRAINING_BYTES} bytes a parameter)",
-            todo="use --method gptq, which holds one layer at a time, or a machine with more memory",
-        )
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _calibration(data: Sequence[Path], tokenizer: Any, options: QuantizeOptions, model: Student) -> Calibration:

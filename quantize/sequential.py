@@ -31,10 +31,11 @@ from quantize.layers import (
     load_layer,
     pass_attention,
 )
-from quantize.options import QuantizeOptions
+from quantize.options import STEPS, QuantizeOptions
 from quantize.recipe import Grid
 from quantize.rtn import round_to_nearest
 from quantize.student import Student
+from quantize.tune import tune_layer
 
 SHARED_INPUTS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -96,12 +97,33 @@ def calibrated_layers(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reference = embed(student, [torch.from_numpy(window) for window in calibration.windows.ids])
     hidden = copy.deepcopy(reference)
+    steps = (options.steps or STEPS["tune"]) if options.method == "tune" else 0
     for layer in range(student.shape.num_layers):
         ours = Stream(load_layer(student, layer, device), hidden, device)
         floats = Stream(load_layer(student, layer, device), reference, device)
-        result = run_stages(layer, ours, floats, student, grids, options, finished(layer))
+        result = finished(layer)
+        if result is None:
+            before = copy.deepcopy(hidden) if steps else None
+            result = run_stages(layer, ours, floats, student, grids, options)
+            if before is not None:
+                _tune(layer, result, before, floats, student, options)
+                hidden.x_STD = before.x_STD
+                ours.model = load_layer(student, layer, device)
+                ours.finish(layer, result)
+        else:
+            ours.finish(layer, result)
+            floats.finish(layer, None)
         _check_finite(layer, hidden)
         yield result
+
+
+def _tune(
+    layer: int, result: LayerResult, before: Hidden, floats: Stream, student: Student, options: QuantizeOptions
+) -> None:
+    """Train the layer's solved linears together, from the hidden states before it to the float ones behind it."""
+    model = load_layer(student, layer, floats.device)
+    found = tune_layer(model, layer_prefix(layer), result.weights, before, floats.hidden.x_STD, options)
+    result.weights, result.layer_error = found.weights, (found.error_before, found.error_after)
 
 
 @dataclass
@@ -124,6 +146,12 @@ class Stream:
         """One of the layer's linears."""
         return self.model.layers[0].get_submodule(name)
 
+    def finish(self, layer: int, result: LayerResult | None) -> None:
+        """Move the hidden states behind the layer, its linears being the solved ones where there are any."""
+        for name, weight in (result.weights if result else {}).items():
+            self.linear(name.removeprefix(layer_prefix(layer))).weight.data = weight.dequantize().to(self.device)
+        advance(self.model, self.hidden, self.device)
+
     def inputs(self, name: str) -> Iterator[Seen]:
         """What one linear sees, batch by batch; the output projection's inputs are kept."""
         for seen in linear_inputs(self.model, name, self.hidden, self.device):
@@ -133,28 +161,22 @@ class Stream:
 
 
 def run_stages(
-    layer: int,
-    ours: Stream,
-    floats: Stream,
-    student: Student,
-    grids: dict[str, Grid],
-    options: QuantizeOptions,
-    done: LayerResult | None,
+    layer: int, ours: Stream, floats: Stream, student: Student, grids: dict[str, Grid], options: QuantizeOptions
 ) -> LayerResult:
-    """Take both streams through one layer, solving its linears on the way, or putting solved ones in their place."""
-    result = done or LayerResult()
+    """Take both streams through one layer, solving its linears on the way."""
+    result = LayerResult()
     for together in SHARED_INPUTS:
         modules = [name for name in together if layer_prefix(layer) + name in grids]
-        moments = None
-        if together == (O_PROJ,) or (modules and not done):
+        if modules or together == (O_PROJ,):
             moments = measure(ours, floats, together[0], student)
-        if moments and modules and not done:
+        if modules:
             solve = curvature(moments.input_KK, options.damping)
             for name in modules:
                 full = layer_prefix(layer) + name
-                _solve_linear(ours.linear(name), full, moments, solve, grids[full], result)
-        for name in modules:
-            ours.linear(name).weight.data = result.weights[layer_prefix(layer) + name].dequantize().to(ours.device)
+                _solve_linear(
+                    ours.linear(name), full, moments, solve, grids[full], result, refine=options.method != "fast"
+                )
+                ours.linear(name).weight.data = result.weights[full].dequantize().to(ours.device)
         if together == (O_PROJ,):
             for stream in (ours, floats):
                 pass_attention(stream.model, stream.hidden, stream.attended, stream.device)
@@ -163,11 +185,13 @@ def run_stages(
     return result
 
 
-def _solve_linear(linear: Any, name: str, moments: Moments, solve: Curvature, grid: Grid, result: LayerResult) -> None:
+def _solve_linear(
+    linear: Any, name: str, moments: Moments, solve: Curvature, grid: Grid, result: LayerResult, refine: bool
+) -> None:
     """Put one linear of the running layer on the grid and note what was lost."""
     weight_NK = linear.weight.detach()
     target_NK = correct(weight_NK, moments.missing(weight_NK), solve)
-    solved = gptq(target_NK, solve, grid)
+    solved = gptq(target_NK, solve, grid, refine)
     rounded = round_to_nearest(target_NK, grid)
     result.error[name] = relative_error(weight_NK, target_NK, solved.dequantize(), solve)
     result.rounding_error[name] = relative_error(weight_NK, target_NK, rounded.dequantize(), solve)

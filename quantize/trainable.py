@@ -23,6 +23,10 @@ its code for the first tens of steps and then all do at once: KL 0.0305 against 
 """
 
 
+BETAS = (0.9, 0.99)
+"""Adam's: the second moment forgets faster than usual, since runs are of hundreds of steps, not of thousands."""
+
+
 class _OnGrid(torch.autograd.Function):
     """(u, scale) to the weight round(u) x bf16(scale), with straight-through gradients."""
 
@@ -86,3 +90,21 @@ class TrainableLinear(torch.nn.Module):
             codes_NGg += self.zero_NG[..., None]
         codes_NK, scale_NG = codes_NGg.to(torch.int8).flatten(1), bf16_exact(self.log_scale_NG.exp())
         return QuantizedTensor(codes_NK, scale_NG, self.group_size, self.bits, self.zero_NG).cpu()
+
+
+def trainable_groups(model: torch.nn.Module, learning_rate: float, norms: bool) -> list[dict[str, Any]]:
+    """Adam's parameter groups: what trains (and is now told so), each kind at its own rate.
+
+    Args:
+        model: holds `TrainableLinear`s.
+        learning_rate: codes a weight may move a step.
+        norms: whether the model's norms train too.
+    """
+    rates = {"u_NGg": learning_rate, "log_scale_NG": learning_rate / 40}
+    if norms:
+        rates["norm.weight"] = learning_rate / 20
+    groups = []
+    for ending, rate in rates.items():
+        chosen = [p.requires_grad_() for name, p in model.named_parameters() if name.endswith(ending)]
+        groups.append({"params": chosen, "lr": rate})
+    return groups
