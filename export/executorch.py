@@ -125,10 +125,10 @@ def check_executorch(checkpoint: Int4Checkpoint, options: ExportOptions) -> None
 
 
 def _check_scales(checkpoint: Int4Checkpoint, module: str, grid: Layout) -> None:
-    """Scales of the blockwise kernel must be bfloat16; those by row are kept as float32."""
+    """Scales of the blockwise int4 kernel must be bfloat16; those of int8 rows are kept as float32."""
     import torch
 
-    if grid.group_size == grid.columns or role_of(module, checkpoint.shape) == "table":
+    if grid.bits == 8 or role_of(module, checkpoint.shape) == "table":
         return
     scale_NG = checkpoint.scales(module)
     if not torch.equal(scale_NG, scale_NG.to(torch.bfloat16).float()):

@@ -46,9 +46,8 @@ class QuantRecipe:
     def grid(self, module: str, columns: int) -> Grid | None:
         """The grid of a module with `columns` input channels, or None where it stays float."""
         rule = self.rule(module)
-        if rule is None or rule.bits is None or rule.bits == "float":
-            return None
-        return Grid(rule.bits, rule.group(columns), rule.symmetric)
+        found = rule.grid(columns) if rule else None
+        return Grid(*found, symmetric=rule.symmetric) if rule and found else None
 
     def rule(self, module: str) -> Rule | None:
         """The rule that decides about a module."""
@@ -135,8 +134,7 @@ def check_rules(shape: ModelShape, recipe: QuantRecipe, own: tuple[Rule, ...]) -
     for columns, names in odd.items():
         words.append(
             f"{len(names)} modules such as '{names[0]}' have {columns} input channels, which groups of "
-            f"{DEFAULT_GROUP} do not divide: they get one scale a row, which is less accurate; 8 bits for them "
-            f"(--rules) would make up for it"
+            f"{DEFAULT_GROUP} do not divide: they get 8 bits with one scale a row, which phone kernels take"
         )
     return words
 

@@ -39,8 +39,9 @@ class Rule:
     Attributes:
         pattern: a regular expression that must match the whole module name.
         bits: 4, 8, or "float" (None means the same) to leave the module as it is.
-        group_size: input channels that share a scale. "channel" (or `CHANNEL`) means all of them. "auto" is 32
-            where that divides the width and "channel" where it does not, and "channel" for 8 bits.
+        group_size: input channels that share a scale. "channel" (or `CHANNEL`) means all of them. "auto" is 32 for
+            4 bits and "channel" for 8; where 32 does not divide the width, it is 8 bits by channel for 4, because
+            no phone kernel takes int4 there.
         symmetric: whether code 0 means 0.0; else each group has a zero point.
     """
 
@@ -67,11 +68,15 @@ class Rule:
         """Whether it speaks of a module."""
         return re.fullmatch(self.pattern, module) is not None
 
-    def group(self, columns: int) -> int:
-        """The group size for `columns` input channels; it may not divide them."""
+    def grid(self, columns: int) -> tuple[int, int] | None:
+        """Bits and group size for `columns` input channels (which it may not divide); None to stay float."""
+        if self.bits in (None, "float"):
+            return None
+        bits = int(self.bits)
         if self.group_size == "auto":
-            return DEFAULT_GROUP if self.bits == 4 and columns % DEFAULT_GROUP == 0 else columns
-        return columns if self.group_size == "channel" else int(self.group_size) or columns
+            fits = bits == 4 and columns % DEFAULT_GROUP == 0
+            return (4, DEFAULT_GROUP) if fits else (8, columns)
+        return bits, columns if self.group_size == "channel" else int(self.group_size) or columns
 
 
 def read_rules(path: Path) -> tuple[Rule, ...]:

@@ -2,8 +2,9 @@
 
 What was found true (executorch 1.4.1, onnxruntime 1.32):
 
-- ExecuTorch's XNNPACK: int4 linears symmetric, groups of a multiple of 32 with bfloat16 scales (`qb4w`) or one
-  float32 scale a row (`qc4w`); int8 linears with one scale a row (`qc8w`). Zero points of weights are dropped
+- ExecuTorch's XNNPACK: int4 linears symmetric, groups of a multiple of 32 with bfloat16 scales (`qb4w`), which a row
+  as a whole may be too (its own kernel for that, `qc4w`, is given wrong scales: operators/quant_params.py says so);
+  int8 linears with one float32 scale a row (`qc8w`). Zero points of weights are dropped
   *without an error*, 12% off in the output. Every decoder linear must be on a grid.
 - ONNX Runtime's MatMulNBits: 4 and 8 bits, blocks of 16 to 256, each block with a zero point if wanted. One scale a
   row is written as equal scales for every block of it.
@@ -32,8 +33,8 @@ ONNX_ROW_BLOCKS = (128, 64, 32, 16)
 but ONNX Runtime quantizes activations by the same blocks, and those of 256 are the coarser."""
 
 TAKES = {
-    "executorch": "4 bits symmetric in groups of a multiple of 32 or by channel, 8 bits symmetric by channel, "
-    "every decoder linear on a grid",
+    "executorch": "4 bits symmetric in groups of a multiple of 32 (or by channel where 32 divides the width), "
+    "8 bits symmetric by channel, every decoder linear on a grid",
     "onnx": "4 or 8 bits, symmetric or (linears only) asymmetric, groups of 16, 32, 64, 128 or 256 that divide the "
     "width, or by channel where 16 divides it",
     "torch": "4 or 8 bits, any group that divides the width; embeddings symmetric",
@@ -66,7 +67,7 @@ def takes(
     if runtime == "onnx":
         return onnx_block(columns, group_size) is not None
     if runtime == "executorch":
-        by_row = group_size == columns and columns % 2 == 0
+        by_row = bits == 8 and group_size == columns
         blockwise = bits == 4 and group_size % XNNPACK_MULTIPLE == 0
         return symmetric and (role == "table" or by_row or blockwise)
     return True

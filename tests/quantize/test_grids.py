@@ -240,18 +240,18 @@ def test_what_no_runtime_could_run_is_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_widths_that_32_does_not_divide_get_one_scale_a_row(
+def test_widths_that_32_does_not_divide_get_8_bits_by_row(
     tiny_model: Callable[..., Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tiny_model("llama", hidden_size=48, head_dim=16), tmp_path / "int4"
     with pytest.raises(RequestError, match="48 input channels"):
         run_quantize(folder, [text], tmp_path / "no", options(group_size=32))
     run_quantize(folder, [text], out, options())
-    assert "one scale a row" in capsys.readouterr().err
+    assert "48 input channels, which groups of 32 do not divide: they get 8 bits" in capsys.readouterr().err
     ids = torch.randint(3, 300, (1, 30))
     with Int4Checkpoint(out) as checkpoint, torch.no_grad():
-        assert checkpoint.layout("model.layers.0.self_attn.q_proj").group_size == 48
-        assert checkpoint.layout("model.layers.0.mlp.down_proj").group_size == 32
+        layouts = [checkpoint.layout(f"model.layers.0.{name}") for name in ("self_attn.q_proj", "mlp.down_proj")]
+        assert [(one.bits, one.group_size) for one in layouts] == [(8, 48), (4, 32)]
         assert torch.equal(load_dequantised(checkpoint)(ids).logits, load_by_transformers(out)(ids).logits)
 
 
@@ -277,6 +277,7 @@ def test_the_table_of_runtimes() -> None:
     assert takes("executorch", 128, 4, 32, True, "linear")
     assert takes("executorch", 128, 4, 128, True, "linear")
     assert takes("executorch", 48, 8, 48, True, "both")
+    assert not takes("executorch", 48, 4, 48, True, "linear")
     assert not takes("executorch", 128, 8, 32, True, "linear")
     assert takes("executorch", 128, 8, 32, True, "table")
     assert not takes("executorch", 128, 4, 16, True, "linear")
