@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ from nano.families import EMBEDDING, weight_shapes
 from nano.shapes import ModelShape, read_config
 from quantize.grid import QuantizedTensor
 from quantize.tables import codes_of, dense_of, open_tables, write_tables
+
+UNPACKED = "int-quantized"
+"""compressed-tensors' name of codes that are stored as int8, one a byte. Its 0.20 does not pack zero points on the meta
+device, so transformers 5.23 finds packed ones of another size than it expects. Told to dequantize while loading it
+takes them, but by the first group's scheme for every module; where schemes are mixed, asymmetric ones are unpacked."""
 
 PACKED, SCALE, SHAPE, ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
 
@@ -97,13 +103,15 @@ class Int4Checkpoint:
         self.store = Checkpoint(folder)
         self._tables = open_tables(folder)
         packed = {n[: -len(PACKED)] for n in self.store.names() if n.endswith(PACKED)}
-        self._modules = packed | set(self._tables)
+        scaled = {n[: -len(SCALE)] for n in self.store.names() if n.endswith(SCALE)}
+        self._unpacked = _unpacked_bits(self.config, scaled - packed)
+        self._modules = scaled | set(self._tables)
         self._check()
 
     def _check(self) -> None:
         for name, size in weight_shapes(self.shape).items():
             module = name.removesuffix(".weight")
-            packed = module in self._modules and module not in self._tables
+            packed = module in self._modules and module not in self._tables and module not in self._unpacked
             found = tuple(self.store.tensor(module + SHAPE).tolist()) if packed else self.store.size(name)
             if found != size:
                 raise BadFileError(f"'{name}' does not fit config.json.", found=str(found), expected=str(size))
@@ -126,6 +134,9 @@ class Int4Checkpoint:
         if module in self._tables:
             bits, scale_VG = self._tables[module]
             (rows, columns), groups, words = self.store.size(module + ".weight"), scale_VG.shape[1], 0
+        elif module in self._unpacked:
+            (rows, columns), groups = self.store.size(module + ".weight"), self.store.size(module + SCALE)[1]
+            bits, words = self._unpacked[module], 0
         else:
             rows, columns = (int(v) for v in self.store.tensor(module + SHAPE))
             words, groups = self.store.size(module + PACKED)[1], self.store.size(module + SCALE)[1]
@@ -137,6 +148,8 @@ class Int4Checkpoint:
 
     def words(self, module: str, start: int, stop: int) -> torch.Tensor:
         """Packed codes of rows [start, stop) of a module, int32 (rows, W), without reading the others."""
+        if module in self._unpacked:
+            return pack_codes(self.store.rows(module + ".weight", start, stop), self._unpacked[module])
         if module not in self._tables:
             return self.store.rows(module + PACKED, start, stop)
         bits, scale_VG = self._tables[module]
@@ -153,6 +166,8 @@ class Int4Checkpoint:
         if layout.symmetric:
             return None
         words_WG = self.store.tensor(module + ZERO)
+        if module in self._unpacked:
+            return words_WG
         return unpack_codes(words_WG.T, layout.rows, layout.bits).T.contiguous()
 
     def quantized(self, module: str) -> QuantizedTensor:
@@ -203,6 +218,22 @@ def _scheme(config: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     return schemes
 
 
+def _unpacked_bits(config: dict[str, Any], modules: set[str]) -> dict[str, int]:
+    """Bits of the modules whose codes are stored one a byte, by the config group that names each.
+
+    Raises:
+        BadFileError: no group does.
+    """
+    groups = [g for g in config["quantization_config"]["config_groups"].values() if g.get("format") == UNPACKED]
+    bits = {}
+    for module in modules:
+        found = [g for g in groups if any(re.match(t.removeprefix("re:"), module) for t in g.get("targets", ()))]
+        if not found:
+            raise BadFileError(f"'{module}' has scales but no codes.", found="no weight_packed, and no config group")
+        bits[module] = int(found[0]["weights"]["num_bits"])
+    return bits
+
+
 def _format_of(quantization: Any) -> Any:
     return quantization.get("format") if isinstance(quantization, dict) else None
 
@@ -224,11 +255,12 @@ def quantization_config(
         if group:
             weights.update(strategy="group", group_size=group)
         config_groups[f"group_{i}"] = {"targets": targets, "weights": weights}
-    # compressed-tensors 0.20 does not pack zero points on the meta device, so transformers finds them of another size
-    # than it expects; told to dequantize while loading it takes them, but by the first group's scheme for all
-    whole = len(config_groups) == 1 and any(not group["weights"]["symmetric"] for group in config_groups.values())
+    asymmetric = [group for group in config_groups.values() if not group["weights"]["symmetric"]]
+    if len(config_groups) > 1:
+        for unpacked in asymmetric:
+            unpacked["format"] = UNPACKED
     return {
-        **({"dequantize": True} if whole else {}),
+        **({"dequantize": True} if asymmetric and len(config_groups) == 1 else {}),
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
@@ -260,6 +292,9 @@ def write_int4(
             elif module == EMBEDDING:
                 writer.add(name, dense_of(tensor))
                 tables[module] = tensor
+            elif tensor.zero_NG is not None and len(config["quantization_config"]["config_groups"]) > 1:
+                for ending, part in ((".weight", tensor.codes_NK), (SCALE, tensor.scale_NG.to(scale_dtype)), (ZERO, tensor.zero_NG)):  # noqa: E501  # fmt: skip
+                    writer.add(module + ending, part)
             else:
                 writer.add(module + PACKED, pack_codes(tensor.codes_NK, tensor.bits))
                 writer.add(module + SCALE, tensor.scale_NG.to(scale_dtype))
