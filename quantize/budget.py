@@ -38,7 +38,9 @@ from nano.families import EMBEDDING, HEAD, LAYER_LINEARS, linear_names, weight_s
 from nano.folder import human_bytes
 from nano.shapes import ModelShape
 from quantize.options import QuantizeOptions
-from quantize.recipe import Grid, QuantRecipe, Rule
+from quantize.recipe import Grid, QuantRecipe
+from quantize.rules import Rule
+from quantize.runtimes import check_runtime
 
 if TYPE_CHECKING:
     import torch
@@ -162,8 +164,11 @@ def find_room(
     """
     if not options.bits_budget and not options.profile:
         return None
-    if not extra_bytes(shape, grids):
+    eight = eight_bit_grids(shape, grids)
+    if not eight:
         raise RequestError("There is nothing to choose.", found="no decoder linear at 4 bits in the recipe")
+    mixed = {**grids, **eight}
+    check_runtime(shape, {n: (g.bits, g.group_size, g.symmetric) for n, g in mixed.items()}, options.runtime)
     if options.profile:
         return _phone_room(shape, grids, options, tokenizer_bytes)
     bits, weights = linear_bits(shape, grids)
@@ -292,7 +297,13 @@ def choose_bits(
     return Choice(mixed, room, sensitivity, tuple(points))
 
 
-def curve_table(choice: Choice, linears: int) -> Any:
+def bits_record(shape: ModelShape, grids: Mapping[str, Grid]) -> dict[str, Any]:
+    """Bits of each module on the grid and the linears' mean with scales, for a manifest."""
+    bits, weights = linear_bits(shape, grids)
+    return {"bits": {name: grid.bits for name, grid in grids.items()}, "bits_per_weight": bits / max(weights, 1)}
+
+
+def curve_table(choice: Choice) -> Any:
     """The curve as a table for people, within 80 columns."""
     from rich.table import Table
 
@@ -304,7 +315,7 @@ def curve_table(choice: Choice, linears: int) -> Any:
         table.add_column(heading, justify="right" if heading else "left")
     for point in choice.curve:
         measured = "–" if point.measured is None else f"{point.measured:.5f}"
-        eight = f"{point.eight} of {linears}"
+        eight = f"{point.eight} of {len(how.low)}"
         cells = (f"{point.bits:.3f}", human_bytes(point.bytes), eight, f"{point.predicted:.5f}", measured)
         table.add_row(*cells, "chosen" if point.chosen else "", style="bold" if point.chosen else "")
     return table

@@ -32,7 +32,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 def percent(value: float) -> str:
     """'1.2 %' with two digits, however small; '0' for nothing."""
-    return "0" if value == 0 else f"{_plain(100 * value)} %"
+    return "0" if value == 0 else f"{_plain(100 * value)}\u00a0%"
 
 
 def _plain(value: float) -> str:

@@ -17,10 +17,13 @@ from typing import Any
 from nano.errors import RequestError
 from nano.folder import check_output, human_bytes, require_space, staged_folder
 from nano.manifest import Manifest, input_entry, library_versions, write_manifest
-from nano.progress import say, warn
+from nano.progress import console, say, warn
 from nano.shapes import ModelShape, read_config
+from nano.tokens import FILE as TOKENIZER
 from nano.tokens import copy_tokenizer, load_tokenizer
+from quantize.budget import Choice, Room, bits_record, choose_bits, curve_table, find_room
 from quantize.calibrate import Calibration, draw_training_windows, draw_windows
+from quantize.fold import folded, head_stays_tied, prepared
 from quantize.options import END_TO_END, QuantizeOptions
 from quantize.produce import Job, write_tensors
 from quantize.recipe import (
@@ -30,6 +33,7 @@ from quantize.recipe import (
     default_recipe,
     padding_multiple,
 )
+from quantize.report import write_report
 from quantize.runtimes import check_runtime
 from quantize.student import Student
 
@@ -68,8 +72,9 @@ def run_quantize(
 
         return quantize_bnb(student, out, options, force)
     shape = ModelShape.from_hf(read_config(student))
-    own, recipe = (recipe.rules, recipe) if recipe else (options.rules, default_recipe(options, shape.tied))
-    with Student(student, padding_multiple(shape, recipe)) as model:
+    own, recipe = (recipe.rules, recipe) if recipe else (options.rules, default_recipe(options, head_stays_tied(student, options)))
+    with Student(student, padding_multiple(shape, recipe)) as source:
+        model = prepared(source, options)
         grids = recipe.grids(model.shape)
         check_grids(model.shape, grids)
         check_runtime(model.shape, {n: (g.bits, g.group_size, g.symmetric) for n, g in grids.items()}, options.runtime)
@@ -77,7 +82,9 @@ def run_quantize(
             warn(words)
         tokenizer = load_tokenizer(student, model.shape.vocab_size)
         asked, options = options, _that_can_run(options, model, bool(data))
-        calibration = None if options.method == "rtn" else _calibration(data, tokenizer, options, model)
+        room = find_room(model.shape, grids, options, _tokenizer_bytes(student))
+        text = _calibration(data, tokenizer, options, model) if options.reads_text or room else None
+        calibration = None if options.method == "rtn" else text
         training = (
             draw_training_windows(data, tokenizer, options, model.shape.max_positions)
             if options.method in END_TO_END
@@ -89,19 +96,45 @@ def run_quantize(
                 f"the feed-forward width {model.source_shape.intermediate_size} is padded to "
                 f"{model.shape.intermediate_size} with zero neurons (exact), so that whole groups fit"
             )
+        choice = _spend(room, model, recipe, text, options)
+        recipe = choice.recipe if choice else recipe
+        grids = recipe.grids(model.shape)
         inputs = {"student": input_entry(student)}
         rules = {**asdict(asked), "rules": recipe.describe(), "ran": options.method}
-        record = {**calibration.record} if calibration else {}
+        record = {**text.record} if text else {}
         data_record = {**record, "training": training.record} if training else record
         journal = Journal(out, {"inputs": inputs, "recipe": rules, "data": data_record, "versions": library_versions()})
         job = Job(model, grids, options, calibration, training, journal)
         with journal.kept_if_interrupted(), staged_folder(out, force=force) as folder:
-            results = write_tensors(job, folder)
+            view, folds = folded(model, grids, options, text, journal)
+            results = {**write_tensors(replace(job, model=view), folder), **bits_record(model.shape, grids), **folds}
+            results.update(choice.as_dict() if choice else {})
             copy_tokenizer(student, folder)
             manifest = Manifest(
                 kind="int4", inputs=inputs, recipe=rules, data=data_record, results=results, shape=asdict(model.shape)
             )
+            write_report(folder, manifest, student)
             return write_manifest(folder, manifest)
+
+
+def _spend(
+    room: Room | None, model: Student, recipe: QuantRecipe, text: Calibration | None, options: QuantizeOptions
+) -> Choice | None:
+    """Decide which linears get 8 bits, where a budget was given, and show the curve."""
+    import torch
+
+    if room is None:
+        return None
+    assert text is not None
+    windows = [torch.from_numpy(window) for window in text.windows.ids]
+    choice = choose_bits(model, recipe, room, windows, options.seed)
+    console().print(curve_table(choice))
+    return choice
+
+
+def _tokenizer_bytes(folder: Path) -> int:
+    path = folder / TOKENIZER
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _that_can_run(options: QuantizeOptions, model: Student, has_data: bool) -> QuantizeOptions:
@@ -116,6 +149,8 @@ def _that_can_run(options: QuantizeOptions, model: Student, has_data: bool) -> Q
     if options.method == "fast" and not has_data:
         say("fast without --data is rtn: each weight to its nearest code")
         return replace(options, method="rtn")
+    if options.method == "awq":
+        return replace(options, method="rtn", awq=True)
     needed, free = TRAINING_BYTES * model.shape.num_parameters, _free_memory()
     if options.method not in END_TO_END or needed <= free:
         return options
@@ -145,8 +180,17 @@ def _free_memory() -> int:
 def _calibration(data: Sequence[Path], tokenizer: Any, options: QuantizeOptions, model: Student) -> Calibration:
     if not data:
         raise RequestError(
-            f"--method {options.method} needs calibration text.",
+            f"{_who_reads(options)} needs calibration text.",
             expected="--data FILE, a text or JSONL file like what the model will be used on (may be repeated)",
             todo="give --data, or use --method rtn, which reads none",
         )
     return draw_windows(data, tokenizer, options, model.shape.max_positions)
+
+
+def _who_reads(options: QuantizeOptions) -> str:
+    """The option that makes calibration text necessary."""
+    if options.method != "rtn":
+        return f"--method {options.method}"
+    if options.awq or options.rotation == "learned":
+        return "--awq" if options.awq else "--rotation learned"
+    return "spending bits where they help"

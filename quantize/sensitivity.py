@@ -24,14 +24,16 @@ from quantize.student import Student
 from quantize.whole import kl_of, log_probabilities, whole_model
 
 MEASURED_WORK = 2e13
-"""Multiplications up to which every linear is measured on a CPU: minutes. A GPU is given a thousand times that."""
+"""Operations up to which every linear is measured on a CPU: minutes. A GPU is given a thousand times that."""
 
 MEASURED_BYTES = 2 << 30
 """Most memory for the model and its output distributions when measuring."""
 
-TOKENS, WINDOW = 8192, 64
-"""Calibration tokens looked at, in windows of this many: short windows, because an estimate's standard error goes
-with their number."""
+WINDOW = 64
+"""Tokens of a window: short, because an estimate's standard error goes with the number of windows."""
+
+MEASURED_TOKENS, ESTIMATED_TOKENS = 4096, 8192
+"""Calibration tokens looked at."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Sensitivity:
         return asdict(self)
 
 
-def cut_short(windows: Sequence[torch.Tensor], tokens: int = TOKENS, length: int = WINDOW) -> list[torch.Tensor]:
+def cut_short(windows: Sequence[torch.Tensor], tokens: int, length: int = WINDOW) -> list[torch.Tensor]:
     """The first `tokens` tokens of some windows in pieces of `length`; a piece goes on without a beginning of its own.
 
     Pieces are taken from all windows alike, so that few long documents do not fill the quota.
@@ -79,22 +81,23 @@ def measure_sensitivity(
         windows: token ids of calibration text.
         seed: of the estimate's random directions.
     """
-    windows = cut_short(windows)
-    tokens = sum(len(window) for window in windows)
-    if is_measurable(student, len(grids), tokens):
+    if is_measurable(student, len(grids)):
+        windows = cut_short(windows, MEASURED_TOKENS)
         found, kind, error = _measure(student, grids, windows), "measured", 0.0
     else:
+        windows = cut_short(windows, ESTIMATED_TOKENS)
         changes = {name: _changes(pair) for name, pair in grids.items()}
         found, kind, error = estimate_kl(student, changes, windows, seed), "estimated", standard_error(len(windows))
+    tokens = sum(len(window) for window in windows)
     low, high = ({name: values[i] for name, values in found.items()} for i in (0, 1))
     return Sensitivity(kind, low, high, tokens, error)  # type: ignore[arg-type]
 
 
-def is_measurable(student: Student, modules: int, tokens: int) -> bool:
+def is_measurable(student: Student, modules: int) -> bool:
     """Whether measuring one module after another on the whole model is a matter of minutes, and fits memory."""
     shape, gpu = student.shape, torch.cuda.is_available()
-    work = 2 * modules * shape.num_parameters * tokens
-    held = 4 * (shape.num_parameters + tokens * shape.vocab_size)
+    work = 4 * modules * shape.num_parameters * MEASURED_TOKENS
+    held = 4 * (shape.num_parameters + MEASURED_TOKENS * shape.vocab_size)
     return work <= MEASURED_WORK * (1000 if gpu else 1) and held <= MEASURED_BYTES * (8 if gpu else 1)
 
 
@@ -131,10 +134,9 @@ def measure_mixes(
     student: Student, mixes: Sequence[Mapping[str, Grid]], windows: Sequence[torch.Tensor]
 ) -> list[float] | None:
     """KL of the whole model with each mix of grids rounded to nearest; None where the model is too large to hold."""
-    windows = cut_short(windows)
-    tokens = sum(len(window) for window in windows)
-    if not is_measurable(student, len(mixes), tokens):
+    if not is_measurable(student, len(mixes)):
         return None
+    windows = cut_short(windows, MEASURED_TOKENS)
     model = whole_model(student)
     reference = log_probabilities(model, windows)
     original = {name: model.get_submodule(name).weight.data for name in mixes[0]}
