@@ -188,10 +188,9 @@ class Layout:
 
     def read(self, which: Which, what: Literal["ids", "segment", "learn"]) -> Array:
         """Some rows' values, (B, T), or (T,) of one row."""
-        count = len(self.first_R1) - 1
         if isinstance(which, int | np.integer):
             return np.asarray(self.read(np.array([which]), what)[0])
-        chosen = np.arange(count)[which]
+        chosen = which if isinstance(which, np.ndarray) else np.arange(len(self.first_R1) - 1)[which]
         fill, dtype = {"ids": (0, np.int32), "segment": (PAD, np.int32), "learn": (False, bool)}[what]
         out_BT = np.full((len(chosen), self.length), fill, dtype)
         for out_T, row in zip(out_BT, chosen, strict=True):

@@ -68,10 +68,15 @@ class Track:
         now = time.monotonic()
         if now - self._last >= LOG_EVERY_SECONDS or self.done == self.total:
             self._last = now
-            left = (self.total - self.done) / max(self.done, 1) * (now - self._start)
-            say(f"{self.title}: {self.done}/{self.total} {self.unit}, {self._rate()}, {left:.0f} s left  {note}".rstrip())  # noqa: E501  # fmt: skip
+            pace = ""
+            if self.done:
+                left = (self.total - self.done) / self.done * (now - self._start)
+                pace = f", {self._rate()}, {left:.0f} s left"
+            say(f"{self.title}: {self.done}/{self.total} {self.unit}{pace}  {note}".rstrip())
 
     def _rate(self) -> str:
+        if not self.done:
+            return ""
         per_second = self.done / max(time.monotonic() - self._start, 1e-9)
         return f"{per_second:.3g} {self.unit}/s" if per_second >= 1 else f"{1 / max(per_second, 1e-9):.3g} s each"
 
