@@ -18,7 +18,7 @@ PACKAGES = {
     "torchao": ("torchao==0.18.0", "transformers==5.23.0", "accelerate>=1.10"),
     "auto-round": ("auto-round==0.16.1",),
     "llm-compressor": ("llmcompressor==0.14.*",),
-    "gptqmodel": ("gptqmodel==7.7.*",),
+    "gptqmodel": ("gptqmodel==7.6.0",),
 }
 """What each environment holds besides torch."""
 
@@ -48,7 +48,16 @@ def install(folder: Path, names: list[str], index: str = TORCH_INDEX) -> None:
         print(f"installing {name} in {folder / name}", file=sys.stderr)
         place = folder / name
         _call([sys.executable, "-m", "venv", str(place)])
-        pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--constraint", str(constraints), *extra]
+        pip = [
+            str(place / "bin" / "python"),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--constraint",
+            str(constraints),
+            *extra,
+        ]
         _call([*pip, "setuptools<81", "wheel", TORCH])  # first: some tools' builds look for it
         _call([*pip, *PACKAGES[name]])
         (place / READY).write_text("\n".join((TORCH, *PACKAGES[name])) + "\n", encoding="utf-8")

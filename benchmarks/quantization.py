@@ -252,7 +252,9 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         cpu = names[0] if names else cpu
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     load = round(os.getloadavg()[0], 1)
@@ -264,18 +266,18 @@ def write_results(rows: Sequence[Row], texts: Sequence[str], facts: dict[str, An
     kept = [{**asdict(row), "quality": {k: v for k, v in row.quality.items() if k != "folder"}} for row in rows]
     whole = json.dumps({**facts, "rows": kept}, indent=2) + "\n"
     (HERE / "quantization.json").write_text(whole, encoding="utf-8")
-    where, done = facts["machine"], [row for row in rows if row.reports]
-    versions = sorted({row.reports[0]["tool"] for row in done})
+    where, reports = facts["machine"], [row.reports[0] for row in rows if row.reports]
+    versions = sorted({report["tool"] for report in reports} | {f"torch {report['torch']}" for report in reports})
     lines = [
         "# Int4 by nanokit and by its peers",
         "",
-        f"{facts['date']}, {where['cpu']}, {where['cores']} cores, {where['memory_gb']} GB, load {where['load']} at the "
-        f"start; {facts['threads']} thread(s), medians of {facts['repeat']} run(s).",
+        f"{facts['date']}, {where['cpu']}, {where['cores']} cores, {where['memory_gb']} GB, load {where['load']} "
+        f"at the start; {facts['threads']} thread(s), medians of {facts['repeat']} run(s).",
         "",
         table(rows, texts),
         "",
         *(f"- {line}" for line in notes(rows, texts)),
-        f"- {', '.join(versions)}; Python {platform.python_version()}, torch {done[0].reports[0]['torch'] if done else ''}",
+        f"- {', '.join(versions)}; Python {platform.python_version()}",
         "",
         "```",
         facts["command"],
@@ -296,7 +298,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--long", action="store_true", help="auto-round with 1,000 iterations too")
     parser.add_argument("--envs", type=Path, default=Path(tempfile.gettempdir()) / "peers", help="environments' folder")
     parser.add_argument("--install", action="store_true", help="make the environments that are not there")
-    parser.add_argument("--torch-index", default=TORCH_INDEX, help="where pip finds CPU-only torch; '' for nowhere else")
+    parser.add_argument(
+        "--torch-index", default=TORCH_INDEX, help="where pip finds CPU-only torch; '' for nowhere else"
+    )
     parser.add_argument("--tokens", type=int, default=32768, help="held-out tokens of each text, at most")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=1, help="runs of each; time and memory are medians")

@@ -35,9 +35,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as packed:
         with measured(given.report, "auto-round", tokens=windows.numel()):
             tool = AutoRound(
-                load_float(given.model), load_tokenizer(given.model), scheme="W4A16", bits=4, group_size=GROUP, sym=True,
-                dataset=loader, iters=given.iterations, seqlen=windows.shape[1], nsamples=len(windows), batch_size=BATCH,
-                device_map="cpu", enable_torch_compile=False, amp=False,
+                load_float(given.model), load_tokenizer(given.model), scheme="W4A16", bits=4, group_size=GROUP,
+                sym=True, dataset=loader, iters=given.iterations, seqlen=windows.shape[1], nsamples=len(windows),
+                batch_size=BATCH, device_map="cpu", enable_torch_compile=False, amp=False,
             )  # fmt: skip
             tool.quantize_and_save(packed, format="auto_gptq")
         save_dense(given.model, dequantise_gptq(Path(packed)), given.out)

@@ -24,7 +24,8 @@ def main() -> None:
     windows = calibration(given.windows, given.samples)
     settings = {"gptaq": GPTAQConfig()} if given.method == "gptaq" else {}
     config = QuantizeConfig(
-        bits=4, group_size=GROUP, sym=True, desc_act=False, mse=given.mse, device="cpu", offload_to_disk=False, **settings
+        bits=4, group_size=GROUP, sym=True, desc_act=False, mse=given.mse, device="cpu", offload_to_disk=False,
+        **settings,
     )  # fmt: skip
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
     with tempfile.TemporaryDirectory() as packed:

@@ -1,4 +1,4 @@
-"""llm-compressor: AWQ's scales folded into the weights, then GPTQ in static activation order; symmetric int4, group 32."""
+"""llm-compressor: AWQ's scales folded in, then GPTQ in static activation order; symmetric int4, group 32."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ def main() -> None:
     """Quantize in memory, then read weights and norms."""
     arguments = parser(__doc__)
     arguments.add_argument("--samples", type=int, default=128)
+    arguments.add_argument("--observer", default="memoryless_minmax", help="how GPTQ's scales are chosen")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     windows = calibration(given.windows, given.samples)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
-    grid = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP)
+    grid = QuantizationArgs(
+        num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP, observer=given.observer
+    )
     scheme = {"group_0": QuantizationScheme(targets=["Linear"], weights=grid)}
     recipe = [AWQModifier(), GPTQModifier(actorder="static", config_groups=scheme, ignore=["lm_head"])]
     # 0.14 pins memory without asking whether there is an accelerator to pin it for, which fails on a CPU
