@@ -105,12 +105,14 @@ def _trained(job: Job, done: list[LayerResult], results: dict[str, Any]) -> Name
     import torch
 
     from quantize.recover import recover
+    from quantize.rtn import rounded_ends
 
     assert job.training is not None
     done.extend(_solved_layers(job))
     start = {name: tensor for layer in done for name, tensor in layer.weights.items()}
     windows = [torch.from_numpy(window) for window in job.training.windows.ids]
-    found = recover(job.model, start, windows, job.training.record["steps"], job.options, job.journal)
+    ends = rounded_ends(job.model, job.grids)
+    found = recover(job.model, start, windows, job.training.record["steps"], job.options, job.journal, ends)
     results.update(kl_before_training=found.kl_before, kl_after_training=found.kl_after)
     for name, tensor in _outside_layers(job):
         yield name, found.norms.get(name, tensor)

@@ -63,6 +63,7 @@ def recover(
     steps: int,
     options: QuantizeOptions,
     journal: Journal,
+    ends: Student | None = None,
 ) -> Recovered:
     """Train the grid weights, scales and norms of a solved model against its float original.
 
@@ -73,8 +74,9 @@ def recover(
         steps: optimiser steps of `options.batch` windows.
         options: learning rate, batch, seed.
         journal: where the training's state is kept, and where an interrupted one is found.
+        ends: the model that is trained, embedding and head on their grids; the student where those stay float.
     """
-    teacher, model = (whole_model(student) for _ in range(2))
+    teacher, model = whole_model(student), whole_model(ends or student)
     for name, quantized in start.items():
         parent, _, leaf = name.rpartition(".")
         weight_NK = model.get_submodule(name).weight

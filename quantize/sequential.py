@@ -33,7 +33,7 @@ from quantize.layers import (
 )
 from quantize.options import STEPS, QuantizeOptions
 from quantize.recipe import Grid
-from quantize.rtn import round_to_nearest
+from quantize.rtn import round_to_nearest, rounded_ends
 from quantize.student import Student
 from quantize.tune import tune_layer
 
@@ -95,8 +95,8 @@ def calibrated_layers(
         WorkError: hidden states stop being finite, or a layer's inputs cannot be solved for.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reference = embed(student, [torch.from_numpy(window) for window in calibration.windows.ids])
-    hidden = copy.deepcopy(reference)
+    windows = [torch.from_numpy(window) for window in calibration.windows.ids]
+    reference, hidden = embed(student, windows), embed(rounded_ends(student, grids), windows)
     steps = (options.steps or STEPS["tune"]) if options.method == "tune" else 0
     for layer in range(student.shape.num_layers):
         ours = Stream(load_layer(student, layer, device), hidden, device)

@@ -27,6 +27,8 @@ from quantize.grid import QuantizedTensor, code_range
 
 FOLDER = "grid"
 SCALE, BITS = ".weight_scale", ".weight_bits"
+SLAB = 1 << 24
+"""Values made at once."""
 SMALLEST = 2.0**-24
 """float16's smallest number, and the step between its numbers below 2^-14."""
 
@@ -48,9 +50,16 @@ def half_exact(scale: torch.Tensor, bits: int) -> torch.Tensor:
 
 def dense_of(tensor: QuantizedTensor) -> torch.Tensor:
     """The weight in the smallest float type that holds every value exactly: float16, or else float32."""
-    dense_VD = tensor.dequantize()
-    half_VD = dense_VD.to(torch.float16)
-    return half_VD if torch.equal(half_VD.float(), dense_VD) else dense_VD
+    half_VD = torch.empty_like(tensor.codes_NK, dtype=torch.float16)
+    rows = max(1, SLAB // tensor.codes_NK.shape[1])
+    for start in range(0, len(half_VD), rows):
+        part = slice(start, start + rows)
+        slab = QuantizedTensor(tensor.codes_NK[part], tensor.scale_NG[part], tensor.group_size, tensor.bits)
+        dense_RD = slab.dequantize()
+        half_VD[part] = dense_RD.to(torch.float16)
+        if not torch.equal(half_VD[part].float(), dense_RD):
+            return tensor.dequantize()
+    return half_VD
 
 
 def codes_of(dense_VD: torch.Tensor, scale_VG: torch.Tensor, bits: int, name: str) -> torch.Tensor:
