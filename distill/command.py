@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from distill.options import DistillOptions
+from distill.options import CacheOptions, DistillOptions
 
 DEFAULT = DistillOptions()
+CACHE_DEFAULT = CacheOptions()
 
 
 def distill(
@@ -19,6 +20,7 @@ def distill(
     student: Annotated[tuple[str, ...], Parameter(negative=())],
     data: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())],
     out: Annotated[tuple[Path, ...], Parameter(negative=())],
+    teacher_cache: Path | None = None,
     options: Annotated[DistillOptions, Parameter(name="*")] = DEFAULT,
     resume: Annotated[bool, Parameter(negative=())] = False,
     force: Annotated[bool, Parameter(negative=())] = False,
@@ -42,6 +44,8 @@ def distill(
         answers are learnt. --data a.jsonl=0.7 b.jsonl=0.3 mixes by weight. A share is held out and measured.
     out
         The folder to make; one for each student.
+    teacher_cache
+        Train from the answers that nanokit cache-teacher kept; the teacher runs only to be cut and compared with.
     resume
         Go on with an interrupted run.
     force
@@ -61,7 +65,8 @@ def distill(
         )
     check_request(data, out, force=force, resume=resume)
     wanted = list(zip(student, out, strict=True))
-    made = run_distill_many(resolve_model(teacher), wanted, data, options, force, resume=resume)
+    source = resolve_model(teacher)
+    made = run_distill_many(source, wanted, data, options, force, resume=resume, teacher_cache=teacher_cache)
     records = []
     for (_student, folder), manifest in zip(wanted, made, strict=True):
         size = sum(entry["bytes"] for entry in manifest.files.values())
@@ -70,6 +75,49 @@ def distill(
             _show(manifest.results, folder, size)
     if json:
         emit_json(records[0] if len(records) == 1 else {"students": records})
+
+
+def cache_teacher(
+    teacher: str,
+    *,
+    data: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())],
+    out: Path,
+    options: Annotated[CacheOptions, Parameter(name="*")] = CACHE_DEFAULT,
+    force: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Keep a teacher's answers to a text, so that any number of students can be trained without running it again.
+
+    The same command goes on where it was interrupted, and adds more text to a cache that is complete.
+
+    Parameters
+    ----------
+    teacher
+        A float model: a folder, or a hub id (Llama, Qwen3, Gemma 3 text).
+    data
+        The text that students will be trained on, as for nanokit distill.
+    out
+        The cache's folder.
+    force
+        Replace what is there, once the new cache is complete.
+    json
+        Print one JSON object on stdout; everything for people goes to stderr.
+    """
+    from distill.caching import run_cache_teacher
+    from nano.folder import human_bytes
+    from nano.hub import resolve_model
+    from nano.progress import emit_json, say
+
+    made = run_cache_teacher(resolve_model(teacher), data, out, options, force)
+    cache = made.cache
+    if json:
+        record = {"out": str(out), "tokens": cache.tokens, "bytes": cache.size, "bytes_per_token": cache.size / max(cache.tokens, 1)}  # noqa: E501  # fmt: skip
+        emit_json({**record, "added_tokens": made.tokens, "seconds": made.seconds, "shards": len(cache.shards)})
+        return
+    say(
+        f"{out}: {cache.tokens:,} tokens, {human_bytes(cache.size)}, "
+        f"{cache.size / max(cache.tokens, 1):.1f} bytes a token"
+    )
 
 
 def _show(results: Mapping[str, Any], out: Path, size: int) -> None:

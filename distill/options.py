@@ -79,20 +79,14 @@ class DistillOptions:
 
     def __post_init__(self) -> None:
         """Raise RequestError for a value that makes no sense."""
-        for name, low, high in (
+        _check_ranges(self, (
             ("steps", 0, math.inf), ("batch", 1, math.inf), ("micro_batch", 0, self.batch), ("length", 8, math.inf),
             ("learning_rate", 0, 1), ("warmup", 0, 1), ("final_rate", 0, 1), ("weight_decay", 0, 10),
             ("clip", 1e-6, math.inf), ("temperature", 1e-2, 100), ("kd", 0, 1), ("beta", 0, 1),
             ("match", 0, 1e6), ("on_policy", 0, 1), ("prompt", 1, math.inf), ("seed", 0, 2**63),
             ("held_out", 1e-4, 0.9), ("eval_tokens", 64, math.inf), ("eval_every", 0, math.inf),
             ("calibration_tokens", 64, math.inf), ("save_every", 0, math.inf),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise RequestError(
-                    f"--{name.replace('_', '-')} is out of range.", found=str(value), expected=f"{low} to {high}"
-                )
-
+        ))  # fmt: skip
         if self.beta == 1 or (self.beta and self.divergence not in DEFAULT_BETA):
             raise RequestError(
                 "--beta does not go with this divergence.",
@@ -115,3 +109,52 @@ class DistillOptions:
     def peak_rate(self, hidden_size: int) -> float:
         """The peak learning rate for a student of width D."""
         return self.learning_rate or 0.4 / hidden_size
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is kept of a teacher's answers.
+
+    Attributes:
+        form: "sampled" keeps an unbiased sample of each distribution, "top" the most likely ids, renormalised.
+        bytes_per_token: size of a token's record; as many ids as fit are kept. A window's place takes 24 bytes more.
+        temperature: divides the teacher's logits; a run that uses the cache must have the same.
+        length: tokens in a sequence, as the run's.
+        held_out: share of documents that the run holds out, which are not cached.
+        seed: the run's, of the held-out split; and of the samples.
+        batch: sequences in one pass of the teacher.
+        dtype: of the teacher's arithmetic.
+        shard_tokens: tokens between commits: so many at most are lost when it is killed.
+    """
+
+    form: Literal["sampled", "top"] = "sampled"
+    bytes_per_token: int = 60
+    temperature: float = 1.0
+    length: int = 256
+    held_out: float = 0.05
+    seed: int = 0
+    batch: int = 16
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    shard_tokens: int = 1 << 18
+
+    def __post_init__(self) -> None:
+        """Raise RequestError for a value that makes no sense."""
+        _check_ranges(self, (
+            ("bytes_per_token", 8, 4096), ("temperature", 1e-2, 100), ("length", 8, math.inf), ("held_out", 1e-4, 0.9),
+            ("seed", 0, 2**63), ("batch", 1, math.inf), ("shard_tokens", 1, 2**31),
+        ))  # fmt: skip
+
+    def run_options(self) -> DistillOptions:
+        """Options of a run that sees the same text."""
+        return DistillOptions(
+            length=self.length, held_out=self.held_out, seed=self.seed, batch=1, temperature=self.temperature
+        )
+
+
+def _check_ranges(options: object, ranges: tuple[tuple[str, float, float], ...]) -> None:
+    for name, low, high in ranges:
+        value = getattr(options, name)
+        if not low <= value <= high:
+            raise RequestError(
+                f"--{name.replace('_', '-')} is out of range.", found=str(value), expected=f"{low} to {high}"
+            )

@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from distill.cache import Cache, check_cache
 from distill.data import Rows
 from distill.options import DistillOptions
 from distill.state import StateFolder, checkpoint_folder
 from distill.text import load_text
+from distill.vocabulary import vocabulary_hash
 from nano.errors import OutputExistsError, RequestError, UnsupportedError
 from nano.folder import check_output
 from nano.manifest import fingerprint
@@ -38,6 +43,7 @@ class Job:
         options: how to train.
         identity: everything the result depends on; a state of another identity is not resumed.
         endings: ids that end a text.
+        cache: the teacher's answers on disk, where the student is trained from them.
     """
 
     teacher: Path
@@ -50,6 +56,7 @@ class Job:
     options: DistillOptions
     identity: Mapping[str, Any]
     endings: tuple[int, ...] = ()
+    cache: Cache | None = None
 
 
 def check_request(data: Sequence[str | Path], outs: Sequence[Path], *, force: bool, resume: bool | None) -> None:
@@ -81,7 +88,11 @@ def check_request(data: Sequence[str | Path], outs: Sequence[Path], *, force: bo
 
 
 def prepare(
-    teacher: Path, students: Sequence[str | ModelShape], data: Sequence[str | Path], options: DistillOptions
+    teacher: Path,
+    students: Sequence[str | ModelShape],
+    data: Sequence[str | Path],
+    options: DistillOptions,
+    teacher_cache: Path | None = None,
 ) -> list[Job]:
     """Check the teacher, the text and the shapes against each other; a job for each student.
 
@@ -105,6 +116,7 @@ def prepare(
     targets = [s if isinstance(s, ModelShape) else solve_student(shape, s) for s in students]
     for target in targets:
         check_shapes(shape, target, start=options.start)
+    cache = open_cache(teacher_cache, options) if teacher_cache else None
     sources = open_sources(data)
     from nano.torch_lm import check_float_folder
 
@@ -121,13 +133,47 @@ def prepare(
     say(f"text: {seen}; {held_out.tokens:,} held out")
     endings = tokenizer.eos_ids if tokenizer.bos_id is None else (*tokenizer.eos_ids, tokenizer.bos_id)
     shared = _identity(teacher, sources, options)
+    if cache:
+        which = rows_seen(rows, options)
+        check_cache(cache, shared["teacher"], vocabulary_hash(tokenizer), options.temperature, rows, which)
+        shared["teacher_cache"] = vars(cache.facts)
     return [
         Job(
             teacher, config, shape, target, rows, held_out, sources, options,
-            {**shared, "shape": json.loads(json.dumps(dataclasses.asdict(target)))}, endings,
+            {**shared, "shape": json.loads(json.dumps(dataclasses.asdict(target)))}, endings, cache,
         )
         for target in targets
     ]  # fmt: skip
+
+
+def open_cache(folder: Path, options: DistillOptions) -> Cache:
+    """A cache, for a run that can be trained from one.
+
+    Raises:
+        BadFileError: it is none, or broken.
+        RequestError: the options need a teacher that runs.
+    """
+    for name, needs in (
+        (f"--divergence {options.divergence}", options.divergence != "forward"),
+        (f"--on-policy {options.on_policy:g}", options.on_policy > 0),
+        (f"--match {options.match:g}", options.match > 0),
+    ):
+        if needs:
+            raise RequestError(
+                "A cache cannot answer that.",
+                found=f"{name} with --teacher-cache",
+                expected="--divergence forward, the text as it is, and no hidden states: a sample gives no more",
+                todo="leave --teacher-cache out, so that the teacher runs",
+            )
+    return Cache(folder)
+
+
+def rows_seen(rows: Rows, options: DistillOptions) -> npt.NDArray[np.int64]:
+    """The rows that a run will see, ascending."""
+    if options.steps * options.batch >= len(rows) and not rows.mix:
+        return np.arange(len(rows))
+    seen = [rows.order(options.batch, step, options.seed) for step in range(options.steps)]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *seen]))
 
 
 def check_shapes(teacher: ModelShape, student: ModelShape, start: str = "pruned") -> None:

@@ -23,6 +23,7 @@ def run_distill(
     force: bool = False,
     *,
     resume: bool | None = False,
+    teacher_cache: Path | None = None,
 ) -> Manifest:
     """Make a student folder; see `run_distill_many`.
 
@@ -30,7 +31,8 @@ def run_distill(
         student: "nano-1", "nano-2", a size like "150k", or a shape.
         out: the folder to make.
     """
-    return run_distill_many(teacher, [(student, out)], data, options, force, resume=resume)[0]
+    wanted = [(student, out)]
+    return run_distill_many(teacher, wanted, data, options, force, resume=resume, teacher_cache=teacher_cache)[0]
 
 
 def run_distill_many(
@@ -41,6 +43,7 @@ def run_distill_many(
     force: bool = False,
     *,
     resume: bool | None = False,
+    teacher_cache: Path | None = None,
 ) -> list[Manifest]:
     """Make several students of one teacher in one pass: it runs once for all of them.
 
@@ -54,6 +57,8 @@ def run_distill_many(
         force: replace the outputs once the new ones are whole.
         resume: go on from the states beside the outputs; None does so where a state is of this very run, and else
             starts over.
+        teacher_cache: train from the answers that `nanokit cache-teacher` kept; the teacher then runs only to be cut
+            and to be compared with.
 
     Raises:
         RequestError and its kinds: something about the request is wrong; nothing was written.
@@ -61,7 +66,7 @@ def run_distill_many(
     """
     states = [StateFolder(checkpoint_folder(out)) for _student, out in students]
     check_request(data, [out for _student, out in students], force=force, resume=resume)
-    jobs = prepare(teacher, [student for student, _out in students], data, options)
+    jobs = prepare(teacher, [student for student, _out in students], data, options, teacher_cache)
     from distill.work import Assignment, work
 
     assignments = []

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from distill.caching import CachedTeacher
 from distill.data import Batch, batches, make_batch
 from distill.depth import layers_to_drop
 from distill.importance import measure as measure_importance
@@ -68,7 +69,7 @@ def work(assignments: Sequence[Assignment], force: bool) -> list[Manifest]:
     pupils = tuple(_pupil(assignment, teacher, held_out, device) for assignment in assignments)
     if job.options.steps:
         watched = sorted({layer for pupil in pupils if pupil.matcher for layer in pupil.matcher.layers})
-        source = replace(teacher, watched=tuple(watched))
+        source = CachedTeacher(job.cache) if job.cache else replace(teacher, watched=tuple(watched))
         train(Training(pupils, source, job.rows, job.options, device, job.endings))
     made = []
     for assignment, pupil in zip(assignments, pupils, strict=True):
@@ -200,7 +201,7 @@ def _write(folder: Path, assignment: Assignment, pupil: Pupil, trained: Comparis
         folder,
         Manifest(
             kind="student",
-            inputs={"teacher": input_entry(job.teacher)},
+            inputs={"teacher": input_entry(job.teacher), **_cache_entry(job)},
             recipe=dataclasses.asdict(job.options),
             data={
                 **describe_sources(job.sources, tokens=int(facts["tokens"]), seed=job.options.seed),
@@ -211,6 +212,12 @@ def _write(folder: Path, assignment: Assignment, pupil: Pupil, trained: Comparis
             shape=dataclasses.asdict(shape),
         ),
     )
+
+
+def _cache_entry(job: Job) -> dict[str, Any]:
+    if job.cache is None:
+        return {}
+    return {"teacher_cache": {"path": str(job.cache.folder), "tokens": job.cache.tokens, **vars(job.cache.facts)}}
 
 
 def _results(job: Job, shape: ModelShape, facts: Mapping[str, Any], trained: Comparison) -> dict[str, Any]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": ("nano.command:demo", "Run the whole way on the embedded teacher: the quickest look."),
     "plan": ("device_profiles.command:plan", "Solve a student's shape; count bytes and training cost."),
     "distill": ("distill.command:distill", "Prune a teacher to a student's shape and train it."),
+    "cache-teacher": ("distill.command:cache_teacher", "Keep a teacher's answers, to train students from."),
     "quantize": ("quantize.command:quantize", "Quantize a student to packed int4."),
     "export": ("export.command:export", "Write an int4 student as an ExecuTorch or ONNX bundle."),
     "check": ("device_profiles.command:check", "Check a bundle's memory against a phone's budget."),
