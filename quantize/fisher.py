@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,22 +80,45 @@ def _forward(model: Any, hidden: Hidden, device: torch.device) -> None:
         hidden.x_STD[part] = run_layer(model, hidden.x_STD[part].to(device)).to(hidden.x_STD.device)
 
 
+@dataclass(frozen=True)
+class Output:
+    """The final norm and the head.
+
+    Attributes:
+        gain_D: what the normalised state is multiplied by.
+        epsilon: added to the mean square.
+        head_VD: the head's weight.
+    """
+
+    gain_D: torch.Tensor
+    epsilon: float
+    head_VD: torch.Tensor
+
+    @classmethod
+    def of(cls, student: Student) -> Output:
+        """Read them."""
+        name = EMBEDDING if student.shape.tied else HEAD
+        gain_D = student.tensor(FINAL_NORM + ".weight").float() + family_of(student.shape.family).norm_offset
+        epsilon = float(student.config.get("rms_norm_eps", 1e-6))
+        return cls(gain_D, epsilon, student.tensor(name + ".weight").float())
+
+    def logits(self, x_PD: torch.Tensor) -> torch.Tensor:
+        """(P, V) of the last layer's outputs (P, D)."""
+        normed_PD = x_PD * torch.rsqrt(x_PD.square().mean(-1, keepdim=True) + self.epsilon) * self.gain_D
+        return normed_PD @ self.head_VD.T
+
+
 def output_slope(student: Student, hidden: Hidden, seed: int) -> torch.Tensor:
     """Gradient (S, T, D) of sum <F^1/2 v, logits> at the last layer's output; zero where a window is padding."""
-    family, generator = family_of(student.shape.family), torch.Generator().manual_seed(seed)
-    name = EMBEDDING if student.shape.tied else HEAD
-    head_VD = student.tensor(name + ".weight").float()
-    gain_D = student.tensor(FINAL_NORM + ".weight").float() + family.norm_offset
-    epsilon = float(student.config.get("rms_norm_eps", 1e-6))
+    generator, output = torch.Generator().manual_seed(seed), Output.of(student)
     windows, positions, width = hidden.x_STD.shape
     length_S1 = torch.tensor(hidden.length_S)[:, None]
     real_P = (torch.arange(positions)[None] < length_S1).flatten()
     x_PD = hidden.x_STD.reshape(-1, width)
     slope_PD = torch.zeros_like(x_PD)
-    for rows in torch.split(real_P.nonzero().flatten(), max(1, LOGITS_AT_ONCE // len(head_VD))):
+    for rows in torch.split(real_P.nonzero().flatten(), max(1, LOGITS_AT_ONCE // len(output.head_VD))):
         x_rD = x_PD[rows].requires_grad_()
-        normed_rD = x_rD * torch.rsqrt(x_rD.square().mean(-1, keepdim=True) + epsilon) * gain_D
-        logits_rV = normed_rD @ head_VD.T
+        logits_rV = output.logits(x_rD)
         root_rV = logits_rV.detach().softmax(-1).sqrt()
         v_rV = torch.randn(root_rV.shape, generator=generator)
         direction_rV = root_rV * (v_rV - root_rV * (root_rV * v_rV).sum(-1, keepdim=True))
