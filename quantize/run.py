@@ -72,7 +72,11 @@ def run_quantize(
 
         return quantize_bnb(student, out, options, force)
     shape = ModelShape.from_hf(read_config(student))
-    own, recipe = (recipe.rules, recipe) if recipe else (options.rules, default_recipe(options, head_stays_tied(student, options)))
+    own, recipe = (
+        (recipe.rules, recipe)
+        if recipe
+        else (options.rules, default_recipe(options, head_stays_tied(student, options)))
+    )
     with Student(student, padding_multiple(shape, recipe)) as source:
         model = prepared(source, options)
         grids = recipe.grids(model.shape)
@@ -184,7 +188,10 @@ def _calibration(data: Sequence[Path], tokenizer: Any, options: QuantizeOptions,
             expected="--data FILE, a text or JSONL file like what the model will be used on (may be repeated)",
             todo="give --data, or use --method rtn, which reads none",
         )
-    return draw_windows(data, tokenizer, options, model.shape.max_positions)
+    from quantize.suitability import examine_and_warn
+
+    drawn = draw_windows(data, tokenizer, options, model.shape.max_positions)
+    return replace(drawn, record={**drawn.record, "checked": examine_and_warn(model, tokenizer, drawn.windows)})
 
 
 def _who_reads(options: QuantizeOptions) -> str:

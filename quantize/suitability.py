@@ -33,7 +33,7 @@ from quantize.layers import advance, embed, load_layer
 from quantize.student import Student
 
 MOST_SURPRISE = 0.8
-"""Nats a token, between a model's own kind of text (0.40) and that kind in a wrong format (1.15)."""
+"""Nats a token, between a model's own kind of text (0.11 to 0.40 by sample) and that kind in a wrong format (1.15)."""
 
 MOST_BITS = 3.0
 """Bits a byte that no text takes which the model knows."""
@@ -46,8 +46,11 @@ WINDOW, MOST_TOKENS, OPERATIONS = 128, 2048, 2e12
 """Tokens of a window, of all, and operations to spend: seconds, beside the minutes of a solve."""
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-STRUCTURE = re.compile(r'[{,]\s*"[^"]{1,40}"\s*:|</?[a-zA-Z][^<>]{0,80}>')
-"""A JSON key or a tag."""
+STRUCTURE = re.compile(r'[{,]\s*"\w[\w ]{0,30}"\s*:|</\w+>')
+"""A JSON key or a closing tag."""
+
+MOST_STRUCTURED = 0.25
+"""Share of windows with one. Stories as raw JSON lines 0.47, inside HTML 0.5; stories, WikiText and Shakespeare 0."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,9 @@ class Suitability:
 
     def _cause(self) -> str:
         if self.unknown > MOST_UNKNOWN:
-            return f"; {self.unknown:.0%} of the tokens are single bytes or unknown, so the script is another one"
-        if self.structured >= 0.5:
-            return f"; {self.structured:.0%} of the windows hold JSON keys or tags: is it a data file, not its text?"
+            return f"; {self.unknown:.0%} of the tokens are single bytes or unknown, so the tokenizer does not know its characters"
+        if self.structured > MOST_STRUCTURED:
+            return f"; {self.structured:.0%} of the windows hold JSON keys or tags, as if a data file was taken for its text"
         return "; another language, domain or format"
 
     def record(self) -> dict[str, Any]:
