@@ -101,7 +101,7 @@ def _require() -> None:
 def _check_options(options: QuantizeOptions) -> None:
     """Refuse options that would silently do nothing."""
     plain = QuantizeOptions(method=options.method)
-    grids = ("symmetry", "embedding", "head", "runtime", "rules", "bits_budget", "profile")
+    grids = ("symmetry", "embedding", "head", "runtime", "rules", "bits_budget", "profile", "rotation", "awq")
     ignored = [name for name in grids if getattr(options, name) != getattr(plain, name)]
     if options.method == "bnb-int8" and options.group_size != plain.group_size:
         ignored.append("group_size")

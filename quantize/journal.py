@@ -25,7 +25,7 @@ from quantize.grid import QuantizedTensor
 from quantize.layers import LayerResult
 from quantize.packed import pack_codes, unpack_codes
 
-KEY, STATE, TRAINING = "key.json", "state", "training.safetensors"
+KEY, STATE, TRAINING, FOLDS = "key.json", "state", "training.safetensors", "folds.safetensors"
 
 
 class Journal:
@@ -103,6 +103,14 @@ class Journal:
         plain = {key: value for key, value in vars(result).items() if key not in ("weights", "floats")}
         described = {"result": plain, "modules": modules, "floats": list(result.floats)}
         self._save(f"layer-{layer:04}.safetensors", tensors, described)
+
+    def folds(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """What was found to fold into the weights: tensors and a description, or None."""
+        return self._load(FOLDS)
+
+    def save_folds(self, tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any]) -> None:
+        """Keep what is folded into the weights."""
+        self._save(FOLDS, tensors, described)
 
     def training(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """The last kept state of the training in progress: tensors and numbers, or None."""

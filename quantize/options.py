@@ -11,7 +11,7 @@ from nano.errors import RequestError
 from quantize.rules import Rule
 from quantize.runtimes import Runtime
 
-Method = Literal["best", "fast", "rtn", "gptq", "tune", "recover", "bnb-nf4", "bnb-int8"]
+Method = Literal["best", "fast", "rtn", "awq", "gptq", "tune", "recover", "bnb-nf4", "bnb-int8"]
 
 STEPS = {"tune": 200, "best": 200, "recover": 2000}
 """Training steps of the methods that train, where none are asked for; tune's are for each layer."""
@@ -31,8 +31,8 @@ class QuantizeOptions:
         method: "best" is gptq and then a short distillation from the float model through the grid (layer by layer,
             as tune, where memory cannot hold a training of the whole model); "fast" is a light gptq on little text,
             and rtn without any; "rtn" rounds each weight to the nearest code, scales by the least squared error;
-            "gptq" lets the weights not yet rounded make up for each rounding error, as the calibration text weighs
-            it; "tune" is gptq, then learned rounding layer by layer; "recover" is best at length.
+            "awq" is --awq and then rtn; "gptq" lets the weights not yet rounded make up for each rounding error, as
+            the calibration text weighs it; "tune" is gptq, then learned rounding layer by layer; "recover" is best at length.
             "bnb-nf4" and "bnb-int8" write bitsandbytes' own formats: quick, without text, for PCs and never for phones.
         group_size: input channels that share a scale: 32, 64, 128, or "channel" for all of them; "auto" is 32, and
             8 bits with one scale a row for layers whose width 32 does not divide.
@@ -48,7 +48,10 @@ class QuantizeOptions:
         context: positions in use on that phone; 0 means the model's own limit, at most 2,048.
         samples: calibration windows; 0 means 128, and 32 for fast.
         length: tokens a calibration window holds.
-        seed: which windows are drawn.
+        rotation: fold rotations into the weights before any method, the same function on a basis that int4 suits
+            better: "hadamard", or "learned" on calibration text. A tied head gets weights of its own by it.
+        awq: fold channel scales searched on calibration text into the weights before any method.
+        seed: which windows are drawn, and which rotation is taken.
         damping: share of the mean curvature added to every input channel before the solve.
         steps: training steps; 0 means 200 for best (and for each layer of tune), 2,000 for recover.
         batch: windows in a training step.
@@ -66,6 +69,8 @@ class QuantizeOptions:
     bits_budget: float = 0.0
     profile: str = ""
     context: int = 0
+    rotation: Literal["none", "hadamard", "learned"] = "none"
+    awq: Annotated[bool, Parameter(negative=())] = False
     samples: int = 0
     length: int = 256
     seed: int = 0
@@ -101,6 +106,11 @@ class QuantizeOptions:
                 found=f"--bits-budget {self.bits_budget:g} and --profile {self.profile}",
                 todo="give one of them",
             )
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the float model must be run on text."""
+        return self.method != "rtn" or self.awq or self.rotation == "learned"
 
     @property
     def windows(self) -> int:

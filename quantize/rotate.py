@@ -60,6 +60,13 @@ def can_turn_residual(student: Student) -> bool:
     return not family_of(student.shape.family).post_norms
 
 
+def unties_head(student: Student) -> bool:
+    """Whether R1 takes a tied head apart from the embedding: the final norm's weight goes into the head alone."""
+    return (
+        student.shape.tied and can_turn_residual(student) and not _is_constant(student.tensor(FINAL_NORM + ".weight"))
+    )
+
+
 def say_cost(student: Student) -> None:
     """Say what a rotation will not do for this student, or what it costs."""
     if not can_turn_residual(student):
@@ -67,7 +74,7 @@ def say_cost(student: Student) -> None:
             f"the blocks of {student.shape.family} end in norms, through which the residual stream cannot be rotated "
             f"exactly: only the attention heads are (between v_proj and o_proj)"
         )
-    elif student.shape.tied and not _is_constant(student.tensor(FINAL_NORM + ".weight")):
+    elif unties_head(student):
         size = student.tensor(EMBEDDING + ".weight")
         warn(
             f"rotating the residual stream takes the tied head apart from the embedding, because the final norm's "

@@ -72,11 +72,8 @@ def run_quantize(
 
         return quantize_bnb(student, out, options, force)
     shape = ModelShape.from_hf(read_config(student))
-    own, recipe = (
-        (recipe.rules, recipe)
-        if recipe
-        else (options.rules, default_recipe(options, head_stays_tied(student, options)))
-    )
+    own = recipe.rules if recipe else options.rules
+    recipe = recipe or default_recipe(options, head_stays_tied(student, options))
     with Student(student, padding_multiple(shape, recipe)) as source:
         model = prepared(source, options)
         grids = recipe.grids(model.shape)

@@ -1,0 +1,126 @@
+"""Which foldings a request asks for, in their order: rotations first, then AWQ's scales, which depend on the basis.
+
+The result is a view of the student, the same function, that every method then quantizes. What was found is kept in
+the journal, since learning a rotation of a large model takes long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.options import QuantizeOptions
+from quantize.student import Student
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantize.awq import Scales
+    from quantize.calibrate import Calibration
+    from quantize.journal import Journal
+    from quantize.recipe import Grid
+    from quantize.rotate import Rotation
+
+
+def head_stays_tied(folder: Path, options: QuantizeOptions) -> bool:
+    """Whether a float model's head is its embedding still once it is folded as the options say.
+
+    Says what a rotation costs, or what it leaves out.
+
+    Raises:
+        BadFileError: the folder is no float model.
+    """
+    with Student(folder, 1) as student:
+        if options.rotation == "none":
+            return student.shape.tied
+        from quantize.rotate import say_cost, unties_head
+
+        say_cost(student)
+        return student.shape.tied and not unties_head(student)
+
+
+def prepared(student: Student, options: QuantizeOptions) -> Student:
+    """The student in the shape that `folded` will give it: the head apart from the embedding where it comes to that."""
+    if options.rotation == "none":
+        return student
+    from quantize.rotate import can_turn_residual, fold_norms
+
+    return fold_norms(student) if can_turn_residual(student) else student
+
+
+def folded(
+    student: Student,
+    grids: Mapping[str, Grid],
+    options: QuantizeOptions,
+    calibration: Calibration | None,
+    journal: Journal,
+) -> tuple[Student, dict[str, Any]]:
+    """The student with everything folded in that the options ask for.
+
+    Args:
+        student: the float student, prepared.
+        grids: what goes on which grid.
+        options: `rotation` and `awq`.
+        calibration: windows of token ids; a learned rotation and AWQ need them.
+        journal: where what is found is kept, and looked for first.
+
+    Returns:
+        A view of the student, or itself; and what was done, for the manifest.
+    """
+    kept, record = journal.folds() or ({}, {})
+    tensors: dict[str, torch.Tensor] = dict(kept)
+    if options.rotation != "none":
+        from quantize.rotate import Rotation, rotated
+
+        if "rotation.heads" not in tensors:
+            rotation = _rotation(student, grids, options, calibration)
+            tensors["rotation.heads"] = rotation.heads_LGAA
+            if rotation.residual_DD is not None:
+                tensors["rotation.residual"] = rotation.residual_DD
+            record = {"rotation": {"kind": options.rotation, "residual": rotation.residual_DD is not None}}
+            journal.save_folds(tensors, record)
+        student = rotated(student, Rotation(tensors.get("rotation.residual"), tensors["rotation.heads"]))
+    if options.awq:
+        from quantize.awq import awq, scaled
+
+        assert calibration is not None  # options.reads_text
+        if "awq" not in record:
+            student, layers = awq(student, grids, calibration)
+            tensors |= {f"awq.{i}.{fold}": s for i, layer in enumerate(layers) for fold, s in layer.factor_K.items()}
+            record = {**record, "awq": [_described(layer) for layer in layers]}
+            journal.save_folds(tensors, record)
+        else:
+            student = scaled(student, _layers(tensors, student.shape.num_layers))
+    return student, record
+
+
+def _rotation(
+    student: Student, grids: Mapping[str, Grid], options: QuantizeOptions, calibration: Calibration | None
+) -> Rotation:
+    from quantize.learn_rotation import learned_rotation
+    from quantize.rotate import hadamard_rotation
+
+    if options.rotation == "hadamard":
+        return hadamard_rotation(student, options.seed)
+    assert calibration is not None  # options.reads_text
+    return learned_rotation(student, grids, calibration, options.seed)
+
+
+def _described(layer: Scales) -> dict[str, dict[str, float]]:
+    """A layer's scales in numbers: exponent, relative error of rounding without them and with them."""
+    return {
+        fold: {"power": layer.power[fold], "error_before": before, "error_after": after}
+        for fold, (before, after) in layer.error.items()
+    }
+
+
+def _layers(tensors: Mapping[str, torch.Tensor], count: int) -> list[Scales]:
+    """Scales of every layer as an earlier run kept them."""
+    from quantize.awq import Scales
+
+    layers = []
+    for i in range(count):
+        prefix = f"awq.{i}."
+        layers.append(Scales({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}, {}, {}))
+    return layers
