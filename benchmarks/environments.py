@@ -48,17 +48,9 @@ def install(folder: Path, names: list[str], index: str = TORCH_INDEX) -> None:
         print(f"installing {name} in {folder / name}", file=sys.stderr)
         place = folder / name
         _call([sys.executable, "-m", "venv", str(place)])
-        pip = [
-            str(place / "bin" / "python"),
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--constraint",
-            str(constraints),
-            *extra,
-        ]
-        _call([*pip, "setuptools<81", "wheel", TORCH])  # first: some tools' builds look for it
+        python = str(place / "bin" / "python")
+        pip = [python, "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
+        _call([*pip, *extra, "setuptools<81", "wheel", TORCH])  # first: some tools' builds look for it
         _call([*pip, *PACKAGES[name]])
         (place / READY).write_text("\n".join((TORCH, *PACKAGES[name])) + "\n", encoding="utf-8")
 

@@ -30,13 +30,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks.environments import PACKAGES, TORCH_INDEX, install, interpreter  # noqa: E402
+from benchmarks.environments import TORCH_INDEX, install, interpreter  # noqa: E402
 from benchmarks.scorer import named_file  # noqa: E402
+from nano.folder import write_text_atomically  # noqa: E402
+from quantize.options import Method  # noqa: E402
 
 GROUP = 32
 WINDOWS, LENGTH = 800, 256
@@ -44,7 +46,7 @@ WINDOWS, LENGTH = 800, 256
 
 
 @dataclass(frozen=True)
-class Method:
+class Entry:
     """One row of the table.
 
     Attributes:
@@ -52,7 +54,7 @@ class Method:
         label: what the table says.
         script: its runner in benchmarks/peers.
         arguments: the runner's own arguments.
-        environment: a key of `PACKAGES`, or None for the Python that runs this.
+        environment: a key of `environments.PACKAGES`, or None for the Python that runs this.
     """
 
     name: str
@@ -63,14 +65,14 @@ class Method:
 
 
 PEERS = (
-    Method("absmax", "round-to-nearest, absmax", "with_absmax.py"),
-    Method("gptqmodel-gptq", "gptqmodel GPTQ + MSE", "with_gptqmodel.py", ("--method", "gptq"), "gptqmodel"),
-    Method("gptqmodel-gptaq", "gptqmodel GPTAQ + MSE", "with_gptqmodel.py", ("--method", "gptaq"), "gptqmodel"),
-    Method("llm-compressor", "llm-compressor AWQ + GPTQ", "with_llmcompressor.py", (), "llm-compressor"),
-    Method("torchao-qat", "torchao QAT, 100 steps", "with_torchao.py", ("--steps", "100"), "torchao"),
-    Method("auto-round-200", "auto-round, 200 iterations", "with_autoround.py", ("--iterations", "200"), "auto-round"),
+    Entry("absmax", "round-to-nearest, absmax", "with_absmax.py"),
+    Entry("gptqmodel-gptq", "gptqmodel GPTQ + MSE", "with_gptqmodel.py", ("--method", "gptq"), "gptqmodel"),
+    Entry("gptqmodel-gptaq", "gptqmodel GPTAQ + MSE", "with_gptqmodel.py", ("--method", "gptaq"), "gptqmodel"),
+    Entry("llm-compressor", "llm-compressor AWQ + GPTQ", "with_llmcompressor.py", (), "llm-compressor"),
+    Entry("torchao-qat", "torchao QAT, 100 steps", "with_torchao.py", ("--steps", "100"), "torchao"),
+    Entry("auto-round-200", "auto-round, 200 iterations", "with_autoround.py", ("--iterations", "200"), "auto-round"),
 )
-LONG = Method(
+LONG = Entry(
     "auto-round-1000", "auto-round, 1,000 iterations", "with_autoround.py", ("--iterations", "1000"), "auto-round"
 )
 
@@ -87,7 +89,7 @@ class Row:
         quality: the scorer's answer.
     """
 
-    method: Method
+    method: Entry
     status: str = ""
     reports: list[dict[str, Any]] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
@@ -98,13 +100,13 @@ class Row:
         return statistics.median(report[figure] for report in self.reports)
 
 
-def our_method(text: str, calibration: Path) -> Method:
+def our_method(text: str, calibration: Path) -> Entry:
     """A row of ours: "best", or "best:steps=150,seed=1" with options of nanokit quantize changed."""
     name, _, changes = text.partition(":")
     data = () if name == "rtn" else ("--data", str(calibration))
     settings = ("--set", *changes.split(",")) if changes else ()
     label = f"nanokit {name}" + (f" ({changes.replace(',', ', ')})" if changes else "")
-    return Method(text, label, "with_nanokit.py", ("--method", name, *data, *settings))
+    return Entry(text, label, "with_nanokit.py", ("--method", name, *data, *settings))
 
 
 def write_float(model: Path, out: Path) -> None:
@@ -171,8 +173,9 @@ def run(row: Row, work: Path, envs: Path, threads: int) -> None:
     with log.open("w", encoding="utf-8") as stream:
         done = subprocess.run(command, env=variables, cwd=work, stdout=stream, stderr=stream, check=False)
     if done.returncode or not (out / "model.safetensors").is_file():
-        last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
-        row.status = f"failed: {last[:120]} (see {log})"
+        words = log.read_text(encoding="utf-8", errors="replace").strip() or "no output"
+        print(f"{method.label} failed:\n{words[-2000:]}", file=sys.stderr)
+        row.status = f"failed: {words.splitlines()[-1][:160]}"
         return
     row.reports.append(json.loads(report.read_text(encoding="utf-8")))
     row.digests.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
@@ -265,7 +268,7 @@ def write_results(rows: Sequence[Row], texts: Sequence[str], facts: dict[str, An
     """benchmarks/quantization.json and .md: figures, date, machine, versions, command."""
     kept = [{**asdict(row), "quality": {k: v for k, v in row.quality.items() if k != "folder"}} for row in rows]
     whole = json.dumps({**facts, "rows": kept}, indent=2) + "\n"
-    (HERE / "quantization.json").write_text(whole, encoding="utf-8")
+    write_text_atomically(HERE / "quantization.json", whole)
     where, reports = facts["machine"], [row.reports[0] for row in rows if row.reports]
     versions = sorted({report["tool"] for report in reports} | {f"torch {report['torch']}" for report in reports})
     lines = [
@@ -284,7 +287,7 @@ def write_results(rows: Sequence[Row], texts: Sequence[str], facts: dict[str, An
         "```",
         "",
     ]
-    (HERE / "quantization.md").write_text("\n".join(lines), encoding="utf-8")
+    write_text_atomically(HERE / "quantization.md", "\n".join(lines))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -297,7 +300,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--peers", nargs="*", choices=[p.name for p in (*PEERS, LONG)], default=[p.name for p in PEERS])
     parser.add_argument("--long", action="store_true", help="auto-round with 1,000 iterations too")
     parser.add_argument("--envs", type=Path, default=Path(tempfile.gettempdir()) / "peers", help="environments' folder")
-    parser.add_argument("--install", action="store_true", help="make the environments that are not there")
+    parser.add_argument(
+        "--install", action="store_true", help="make the environments that --peers need and are not there"
+    )
     parser.add_argument(
         "--torch-index", default=TORCH_INDEX, help="where pip finds CPU-only torch; '' for nowhere else"
     )
@@ -316,6 +321,9 @@ def check(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for path in (given.model / "config.json", given.calibration, *(path for _, path in given.held_out)):
         if not path.is_file():
             parser.error(f"there is no file {path}")
+    known = get_args(Method)
+    if unknown := [text for text in given.ours if text.partition(":")[0] not in known]:
+        parser.error(f"nanokit has no method '{unknown[0]}'; it has {', '.join(known)}")
     if given.work and given.work.exists():
         parser.error(f"{given.work} exists already")
 
@@ -324,15 +332,15 @@ def main() -> None:
     """Install, run, score, print."""
     parser = arguments()
     given = parser.parse_args()
+    chosen = [p for p in (*PEERS, LONG) if p.name in given.peers or (given.long and p is LONG)]
     if given.install:
-        install(given.envs, list(PACKAGES), given.torch_index)
+        install(given.envs, sorted({p.environment for p in chosen if p.environment}), given.torch_index)
     if given.model is None:
         if not given.install:
             parser.error("name a model, or --install")
         return
     check(given, parser)
     texts = dict(given.held_out)
-    chosen = [p for p in (*PEERS, LONG) if p.name in given.peers or (given.long and p is LONG)]
     rows = [Row(m) for m in (*chosen, *(our_method(text, given.calibration.resolve()) for text in given.ours))]
     facts = {"date": date.today().isoformat(), "machine": machine(), "threads": given.threads, "repeat": given.repeat,
              "command": " ".join(["python", *sys.argv])}  # fmt: skip

@@ -218,6 +218,29 @@ def open_bnb(folder: Path) -> TorchModel:
     return TorchModel(model, tokenizer, shape.max_positions)
 
 
+def dense_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight of the equivalent float model, those on a codebook or in int8 dequantised by bitsandbytes.
+
+    Raises:
+        MissingExtraError: bitsandbytes or accelerate is not installed.
+        BadFileError: files are missing, truncated, or do not fit config.json.
+    """
+    shape = _check_folder(folder)
+    _require()
+    from bitsandbytes import functional
+
+    with Checkpoint(folder) as checkpoint:
+        for name in weight_shapes(shape):
+            tensor, scale = checkpoint.tensor(name), name.removesuffix("weight") + "SCB"
+            parts = [key for key in checkpoint.names() if key.startswith(name + ".")]
+            if parts:
+                stored = {key.removeprefix(name + "."): checkpoint.tensor(key) for key in parts}
+                tensor = functional.dequantize_4bit(tensor, functional.QuantState.from_dict(stored, tensor.device))
+            elif scale in checkpoint.names():
+                tensor = functional.int8_vectorwise_dequant(tensor, checkpoint.tensor(scale))
+            yield name, tensor.float()
+
+
 def _check_folder(folder: Path) -> ModelShape:
     """The shape of a bitsandbytes folder whose weights all are there."""
     config = read_config(folder)

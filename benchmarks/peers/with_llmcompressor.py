@@ -18,7 +18,7 @@ def main() -> None:
     """Quantize in memory, then read weights and norms."""
     arguments = parser(__doc__)
     arguments.add_argument("--samples", type=int, default=128)
-    arguments.add_argument("--observer", default="memoryless_minmax", help="how GPTQ's scales are chosen")
+    arguments.add_argument("--observer", default="memoryless_mse", help="how scales are chosen")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     windows = calibration(given.windows, given.samples)

@@ -13,6 +13,7 @@ from common import add_facts, measured, parser, save_dense
 import quantize.recover
 import quantize.rtn
 import quantize.sequential  # noqa: F401  (imported here, so that imports count for the process and not for the call)
+from quantize.bnb import dense_tensors
 from quantize.options import QuantizeOptions
 from quantize.packed import Int4Checkpoint
 from quantize.run import run_quantize
@@ -24,7 +25,7 @@ def options_from(method: str, settings: list[str]) -> QuantizeOptions:
     changes: dict[str, Any] = {}
     for setting in settings:
         name, _, value = setting.partition("=")
-        changes[name] = type(getattr(defaults, name))(value)
+        changes[name] = int(value) if value.isdigit() else type(getattr(defaults, name))(value)
     return replace(defaults, **changes)
 
 
@@ -41,6 +42,10 @@ def main() -> None:
         packed = Path(work) / "int4"
         with measured(given.report, "nanokit"):
             data = run_quantize(given.model, given.data, packed, options).data
+        if options.method.startswith("bnb-"):
+            add_facts(given.report, tokens=0)
+            save_dense(given.model, dict(dense_tensors(packed)), given.out)
+            return
         with Int4Checkpoint(packed) as checkpoint:
             scales = [checkpoint.quantized(module).scale_NG for module in checkpoint.modules]
             exact = all(torch.equal(scale, scale.bfloat16().float()) for scale in scales)

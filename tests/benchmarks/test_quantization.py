@@ -151,12 +151,12 @@ def row(label: str, kl: float, **changes: Any) -> Any:
               "peak_bytes": 5e8, "tokens": 32768}  # fmt: skip
     scores = {"text": {"kl": kl, "perplexity": 5.5, "top1": 0.9, "reference_perplexity": 5.3, "tokens": 100}}
     quality = {"scores": scores, "linears": 14, "linears_changed": 14, "levels": 16, "also_changed": []}
-    made = quantization.Row(quantization.Method(label, label, "x.py"), reports=[report], digests=["a"], quality=quality)
+    made = quantization.Row(quantization.Entry(label, label, "x.py"), reports=[report], digests=["a"], quality=quality)
     return replace(made, **changes)
 
 
 def test_the_table() -> None:
-    missing = quantization.Row(quantization.Method("gone", "gone", "x.py", (), "torchao"), status="not installed")
+    missing = quantization.Row(quantization.Entry("gone", "gone", "x.py", (), "torchao"), status="not installed")
     other = row("b", 0.04, digests=["a", "b", "a"])
     other.reports = [{**other.reports[0], "call_cpu": value} for value in (1.0, 9.0, 2.0)]
     lines = quantization.table([row("a", 0.123456), other, missing], ["text"]).splitlines()

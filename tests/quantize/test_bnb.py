@@ -17,6 +17,7 @@ from nano.errors import BadFileError, MissingExtraError, RequestError, Unsupport
 from nano.lm import open_model, stage_of
 from nano.manifest import read_manifest
 from nano.torch_lm import load_float
+from quantize.bnb import dense_tensors
 from quantize.options import QuantizeOptions
 from quantize.run import run_quantize
 
@@ -68,6 +69,15 @@ def test_it_is_what_transformers_and_bitsandbytes_make(
     stored, saved = load_file(out / "model.safetensors"), peer.state_dict()
     for name, tensor in stored.items():
         assert torch.equal(tensor, torch.as_tensor(saved[name]).reshape(tensor.shape)), name
+    dense = dict(dense_tensors(out))
+    assert next(iter(dense)) == "model.embed_tokens.weight"
+    if method == "bnb-nf4":
+        opened = open_model(out).model.state_dict()  # type: ignore[attr-defined]
+        assert all(torch.equal(opened[name], tensor) for name, tensor in dense.items())
+    else:
+        name = "model.layers.1.mlp.down_proj"
+        expected_NK = stored[name + ".weight"].float() * stored[name + ".SCB"][:, None] / 127
+        assert torch.allclose(dense[name + ".weight"], expected_NK, rtol=1e-6)
     assert manifest.kind == stage_of(out) == "bitsandbytes"
     assert manifest.results["exportable"] is False
     assert len(manifest.results["relative_error"]) == 14
