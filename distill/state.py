@@ -25,7 +25,7 @@ from nano.folder import is_no_space
 if TYPE_CHECKING:
     import torch
 
-STATE, METRICS = "state.safetensors", "metrics.jsonl"
+STATE, BEST, METRICS = "state.safetensors", "best.safetensors", "metrics.jsonl"
 
 
 def checkpoint_folder(out: Path) -> Path:
@@ -101,25 +101,46 @@ class StateFolder:
         Raises:
             NoSpaceError: the disk is full; the state before is still there.
         """
-        from safetensors.torch import save_file
 
         tensors = {}
         for name, parameter in parameters.items():
             tensors[f"weight.{name}"] = parameter.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if parameter in optimizer.state:
-                    tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-        beside = self.folder / (STATE + ".partial")
+            for moment, value in optimizer.state.get(parameter, {}).items():
+                if moment != "step" and value is not None:
+                    tensors[f"{moment}.{name}"] = value
+        header = {"nanokit": json.dumps({"step": step, "facts": facts}, default=str)}
+        self._write(STATE, tensors, header, f"the state after step {step} could not be kept")
+
+    def save_best(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Keep a model's weights as the best so far."""
+        tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+        self._write(BEST, tensors, {}, "the best weights so far could not be kept")
+
+    def restore_best(self, model: Any) -> None:
+        """Put the best weights into a model."""
+        import torch
+        from safetensors.torch import load_file
+
+        saved = load_file(self.folder / BEST)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(saved[name])
+
+    def _write(self, name: str, tensors: dict[str, torch.Tensor], header: dict[str, str], failing: str) -> None:
+        """A file in place of the one before: written beside, flushed, renamed."""
+        from safetensors.torch import save_file
+
+        beside = self.folder / (name + ".partial")
         try:
-            save_file(tensors, beside, metadata={"nanokit": json.dumps({"step": step, "facts": facts}, default=str)})
+            save_file(tensors, beside, metadata=header)
             with beside.open("rb+") as file:
                 os.fsync(file.fileno())
-            beside.replace(self.folder / STATE)
+            beside.replace(self.folder / name)
         except Exception as error:
             beside.unlink(missing_ok=True)
             if not is_no_space(error):
                 raise
-            raise self._full(f"the state after step {step} could not be kept", error) from None
+            raise self._full(failing, error) from None
 
     def _full(self, what: str, error: Exception) -> NoSpaceError:
         kept = "free some space, then run the same command with --resume: it goes on from the last state kept"
@@ -129,22 +150,22 @@ class StateFolder:
             todo=kept if self.exists() else "free some space, or choose another --out",
         )
 
-    def restore(self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.AdamW) -> None:
+    def restore(self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """Put the saved weights and moments back, bit for bit."""
         import torch
         from safetensors.torch import load_file
 
         step = self.header().step
         saved = load_file(self.folder / STATE)
+        moments = sorted({name.split(".", 1)[0] for name in saved} - {"weight"})
+        torchs_own = isinstance(optimizer, torch.optim.AdamW)  # bitsandbytes counts its steps in an int
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[f"weight.{name}"])
-                if f"exp_avg.{name}" in saved:
-                    optimizer.state[parameter] = {
-                        "step": torch.tensor(float(step), device=parameter.device),
-                        "exp_avg": saved[f"exp_avg.{name}"].to(parameter.device),
-                        "exp_avg_sq": saved[f"exp_avg_sq.{name}"].to(parameter.device),
-                    }
+                kept = {m: saved[f"{m}.{name}"].to(parameter.device) for m in moments if f"{m}.{name}" in saved}
+                if kept:
+                    done = torch.tensor(float(step), device=parameter.device) if torchs_own else step
+                    optimizer.state[parameter] = {"step": done, **kept}
 
     def metrics_bytes(self) -> int:
         """How long metrics.jsonl is."""

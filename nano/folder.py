@@ -98,7 +98,10 @@ def is_no_space(error: BaseException) -> bool:
     """Whether an exception says that the disk is full or a quota is spent, whoever raised it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    return type(error).__module__.split(".")[0] != "nano" and "No space left on device" in str(error)
+    if type(error).__module__.split(".")[0] == "nano":
+        return False
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "No space left on device" in str(error) or any(f"(os error {n})" in str(error) for n in numbers)  # Rust's
 
 
 def _replace(new: Path, out: Path) -> None:
