@@ -32,7 +32,8 @@ class QuantizeOptions:
             as tune, where memory cannot hold a training of the whole model); "fast" is a light gptq on little text,
             and rtn without any; "rtn" rounds each weight to the nearest code, scales by the least squared error;
             "awq" is --awq and then rtn; "gptq" lets the weights not yet rounded make up for each rounding error, as
-            the calibration text weighs it; "tune" is gptq, then learned rounding layer by layer; "recover" is best at length.
+            the calibration text weighs it; "tune" is gptq, then learned rounding layer by layer; "recover" is best at
+            length.
             "bnb-nf4" and "bnb-int8" write bitsandbytes' own formats: quick, without text, for PCs and never for phones.
         group_size: input channels that share a scale: 32, 64, 128, or "channel" for all of them; "auto" is 32, and
             8 bits with one scale a row for layers whose width 32 does not divide.

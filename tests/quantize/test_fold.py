@@ -22,6 +22,13 @@ from quantize.run import run_quantize
 EVERYTHING = {"rotation": "learned", "awq": True, "samples": 6, "length": 40}
 
 
+@pytest.fixture(autouse=True)
+def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is searched for is tested elsewhere; here a few steps do."""
+    monkeypatch.setattr("quantize.awq.POWERS", 4)
+    monkeypatch.setattr("quantize.learn_rotation.STEPS", 10)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
