@@ -13,6 +13,10 @@ the loss is far above. The difference, its surprise in nats a token, needs no re
 Noise that a larger model has learnt to expect shows in bits a byte instead: letters counted one by one take English
 to about 4 (Shannon 1951), models to 1 or less.
 
+What it costs: stories260K by gptq from 8,192 tokens of stories, the same as raw JSON, WikiText, French, random
+characters and Chinese has a KL of 0.0471, 0.0497, 0.069, 0.109, 0.142 and 0.191 to its float original on held-out
+stories: 1, 1.06, 1.5, 2.3, 3.0 and 4.1 times as much.
+
 Legend: S windows, T positions, P predicted positions, D hidden width, V vocabulary.
 """
 
@@ -88,8 +92,8 @@ class Suitability:
         if self.surprise > MOST_SURPRISE or self.bits_per_byte > MOST_BITS:
             found.append(
                 f"the float model does not know text like this: its loss is {self.loss:.2f} nats a token where it "
-                f"expects {self.entropy:.2f} ({self.bits_per_byte:.1f} bits a byte){self._cause()}. The int4 model "
-                f"will be fitted to inputs that its use does not bring: give --data like its use"
+                f"expects {self.entropy:.2f} ({self.bits_per_byte:.1f} bits a byte), {self._cause()}; give --data "
+                f"like the model's use"
             )
         elif self.unknown > MOST_UNKNOWN:
             found.append(
@@ -104,11 +108,21 @@ class Suitability:
         return found
 
     def _cause(self) -> str:
+        """The likely cause, and what it cost where that was measured (see the module's docstring)."""
         if self.unknown > MOST_UNKNOWN:
-            return f"; {self.unknown:.0%} of the tokens are single bytes or unknown, so the tokenizer does not know its characters"
+            return (
+                f"{self.unknown:.0%} of the tokens are bytes or unknown: the tokenizer lacks its characters. Fitting "
+                f"to another script left 4.1 times the divergence from the float model where it was measured"
+            )
         if self.structured > MOST_STRUCTURED:
-            return f"; {self.structured:.0%} of the windows hold JSON keys or tags, as if a data file was taken for its text"
-        return "; another language, domain or format"
+            return (
+                f"{self.structured:.0%} of the windows hold JSON keys or tags: a data file, not its text? Fitting to "
+                f"raw JSON left 1.06 times the divergence from the float model where it was measured"
+            )
+        return (
+            "as on another language, domain or format. Fitting to another domain left 1.5 times, to another language "
+            "2.3 times the divergence from the float model where it was measured"
+        )
 
     def record(self) -> dict[str, Any]:
         """For the manifest."""
