@@ -156,7 +156,7 @@ def _fill(cache: Cache, rows: Rows, teacher: Path, shape: ModelShape, options: C
     from distill.teacher import open_teacher
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    live = open_teacher(teacher, shape, getattr(torch, options.dtype), device)
+    live = open_teacher(teacher, shape, options.dtype, device)
     pending: Windows = []
     began, before, waiting = time.monotonic(), cache.tokens, 0
     with catch_interrupt() as stop, track("cache", len(wanted), "sequences") as progress:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from distill.data import Batch
-from distill.models import hidden_states, positions_of, skipped
+from distill.models import hidden_states, linear_weight, positions_of, skipped
 from nano.families import FINAL_NORM, family_of, layer_prefix
 from nano.progress import track
 from nano.shapes import ModelShape
@@ -98,7 +98,7 @@ def _hooks(model: Any, shape: ModelShape, sums: _Sums) -> Iterator[None]:
         prefix = layer_prefix(i)
         layer = model.get_submodule(prefix.rstrip("."))
         handles.append(layer.mlp.down_proj.register_forward_pre_hook(_watch_neurons(sums, f"{prefix}ffn")))
-        weight_DHA = layer.self_attn.o_proj.weight.view(shape.hidden_size, shape.num_heads, shape.head_dim)
+        weight_DHA = linear_weight(layer.self_attn.o_proj).view(shape.hidden_size, shape.num_heads, shape.head_dim)
         handles.append(layer.self_attn.o_proj.register_forward_pre_hook(_watch_heads(sums, f"{prefix}heads", weight_DHA)))  # noqa: E501  # fmt: skip
         handles.append(layer.register_forward_hook(_watch_layer(sums, f"{prefix}layer"), with_kwargs=True))
     try:
@@ -162,7 +162,7 @@ def _scores(model: Any, shape: ModelShape, sums: _Sums) -> Importance:
     ffn, heads, layers = [], [], []
     for i in range(shape.num_layers):
         prefix = layer_prefix(i)
-        down_DF = model.get_submodule(f"{prefix}mlp.down_proj").weight.detach().double().cpu()
+        down_DF = linear_weight(model.get_submodule(f"{prefix}mlp.down_proj")).double().cpu()
         ffn.append(sums.mean(f"{prefix}ffn").sqrt().cpu() * down_DF.norm(dim=0))
         heads.append(sums.mean(f"{prefix}heads").sqrt().cpu())
         layers.append(sums.mean(f"{prefix}layer").cpu())

@@ -18,7 +18,7 @@ Legend: N positions, C positions of a chunk, D and E hidden widths of student an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -73,6 +73,9 @@ class Answers(Protocol):
     def layers(self) -> Mapping[int, torch.Tensor]:
         """Outputs of some of its layers, (N, E), for hidden-state matching; empty where there are none."""
 
+    def over(self, vocab: int | None) -> Answers:
+        """The same over the first `vocab` ids only, where both sides mean the same by them; None means all."""
+
     def chunk(
         self, at: slice, logits_CV: torch.Tensor, target_C: torch.Tensor, mix: Mix
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -93,6 +96,10 @@ class DenseAnswers:
     hidden_NE: torch.Tensor
     head_VE: torch.Tensor
     layers: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    def over(self, vocab: int | None) -> DenseAnswers:
+        """See `Answers.over`."""
+        return self if vocab is None else replace(self, head_VE=self.head_VE[:vocab])
 
     def chunk(
         self, at: slice, logits_CV: torch.Tensor, target_C: torch.Tensor, mix: Mix

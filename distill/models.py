@@ -63,6 +63,20 @@ def head_weight(model: Any) -> torch.Tensor:
     return weight
 
 
+def linear_weight(linear: Any) -> torch.Tensor:
+    """A linear's weight, (N, K), as numbers: what bitsandbytes keeps in 4 or 8 bits is worked out."""
+    weight = linear.weight.detach()
+    if getattr(linear.weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        whole: torch.Tensor = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+        return whole
+    scale_N = getattr(linear.weight, "SCB", None)
+    if scale_N is None:  # bitsandbytes moves it there at the first product
+        scale_N = getattr(getattr(linear, "state", None), "SCB", None)
+    return weight if scale_N is None else weight.float() * scale_N.float().view(-1, 1) / 127
+
+
 def new_model(config: Mapping[str, Any], seed: int = 0) -> Any:
     """A float32 model of a config.json, initialised as transformers does from `seed`; the global seed is kept."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -45,7 +45,16 @@ def prompt_length(rows: Rows, order: RowNumbers, wanted: int) -> int:
 
 @torch.no_grad()
 def continued(
-    model: Any, rows: Rows, order: RowNumbers, prompt: int, endings: Sequence[int], *, step: int, seed: int, device: str
+    model: Any,
+    rows: Rows,
+    order: RowNumbers,
+    prompt: int,
+    endings: Sequence[int],
+    *,
+    step: int,
+    seed: int,
+    device: str,
+    vocab: int | None = None,
 ) -> Batch:
     """The student's continuations of some rows' beginnings, as a batch without targets.
 
@@ -57,6 +66,7 @@ def continued(
         endings: ids that end a text; what would follow is padding.
         step, seed: of the run.
         device: where the model lies.
+        vocab: ids that may be drawn; None means all.
     """
     length = rows.ids_RT.shape[1]
     draws_RT = np.stack([np.random.default_rng([seed, SAMPLE, step, int(row)]).random(length) for row in order])
@@ -70,7 +80,7 @@ def continued(
     for at in range(prompt, length):
         out = model(input_ids=fresh, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
-        chosen_R = sample(out.logits[:, -1], draws[:, at])
+        chosen_R = sample(out.logits[:, -1, :vocab], draws[:, at])
         ids_RT[:, at] = torch.where(open_R, chosen_R, 0)
         segment_RT[open_R, at] = 0
         open_R &= ~torch.isin(chosen_R, ends)

@@ -11,6 +11,9 @@ from nano.errors import RequestError
 Divergence = Literal["forward", "reverse", "jsd", "skew", "skew-reverse"]
 """See `distill.divergences`."""
 
+BEFORE = {"pruned": "after the cut", "random": "at random", "given": "as given"}
+"""A student before it is trained, in words for people."""
+
 DEFAULT_BETA = {"jsd": 0.5, "skew": 0.1, "skew-reverse": 0.1}
 """Jensen and Shannon's own; DistiLLM's choice (arXiv 2402.03898, section 4.1)."""
 
@@ -26,7 +29,10 @@ class DistillOptions:
         length: tokens in a sequence, at most the teacher's positions.
         learning_rate: the peak; 0 means 0.4 / D of the student (D = 64: 6e-3, D = 2048: 2e-4).
         warmup: share of the steps over which the learning rate rises.
-        final_rate: learning rate at the end, as a share of the peak; it falls linearly.
+        final_rate: learning rate at the end, as a share of the peak.
+        schedule: how it falls: "linear", "cosine", or "wsd": it stays at the peak until the last `decay` of the steps.
+        decay: share of the steps over which "wsd" falls.
+        optimizer: "adamw"; on a GPU also bitsandbytes' "adamw8bit" and "paged-adamw8bit".
         weight_decay: AdamW's, on matrices only.
         clip: largest norm of the gradient.
         temperature: divides both models' logits in the divergence.
@@ -42,12 +48,18 @@ class DistillOptions:
         refit: fit the linears whose inputs were cut to the teacher's by least squares.
         start: "pruned" cuts the teacher's weights, "random" begins anew.
         dtype: of the matrix products in both models; weights and optimizer stay float32.
+        teacher_dtype: the teacher's, where it is to be another: "int8" and "nf4" are bitsandbytes' 8 and 4 bits.
+        recompute: recompute activations in the backward pass: less memory, a third more arithmetic.
+        compile: torch.compile the student's layers.
         seed: of the held-out split, the order of the text and a random start.
         held_out: share of documents (by hash) that the student never sees and is measured on.
         eval_tokens: at most so many held-out tokens are measured.
         eval_every: steps between measurements; 0 measures only before and after training.
         calibration_tokens: training text that importance is measured on.
         save_every: steps between checkpoints; 0 means every two minutes (and always when interrupted).
+        keep: the weights that become the student: "last", or "best" on held-out text, measured every `eval_every`.
+        curves: draw curves.png at the end, where matplotlib is installed.
+        tensorboard: a folder for TensorBoard events while training; "" writes none.
     """
 
     steps: int = 400
@@ -57,6 +69,9 @@ class DistillOptions:
     learning_rate: float = 0.0
     warmup: float = 0.05
     final_rate: float = 0.0
+    schedule: Literal["linear", "cosine", "wsd"] = "linear"
+    decay: float = 0.2
+    optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit"] = "adamw"
     weight_decay: float = 0.01
     clip: float = 1.0
     temperature: float = 1.0
@@ -70,18 +85,24 @@ class DistillOptions:
     refit: bool = True
     start: Literal["pruned", "random"] = "pruned"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    teacher_dtype: Literal["same", "float32", "bfloat16", "int8", "nf4"] = "same"
+    recompute: bool = False
+    compile: bool = False
     seed: int = 0
     held_out: float = 0.05
     eval_tokens: int = 16384
     eval_every: int = 0
     calibration_tokens: int = 32768
     save_every: int = 0
+    keep: Literal["last", "best"] = "last"
+    curves: bool = True
+    tensorboard: str = ""
 
     def __post_init__(self) -> None:
         """Raise RequestError for a value that makes no sense."""
         _check_ranges(self, (
             ("steps", 0, math.inf), ("batch", 1, math.inf), ("micro_batch", 0, self.batch), ("length", 8, math.inf),
-            ("learning_rate", 0, 1), ("warmup", 0, 1), ("final_rate", 0, 1), ("weight_decay", 0, 10),
+            ("learning_rate", 0, 1), ("warmup", 0, 1), ("final_rate", 0, 1), ("decay", 0, 1), ("weight_decay", 0, 10),
             ("clip", 1e-6, math.inf), ("temperature", 1e-2, 100), ("kd", 0, 1), ("beta", 0, 1),
             ("match", 0, 1e6), ("on_policy", 0, 1), ("prompt", 1, math.inf), ("seed", 0, 2**63),
             ("held_out", 1e-4, 0.9), ("eval_tokens", 64, math.inf), ("eval_every", 0, math.inf),
@@ -94,12 +115,27 @@ class DistillOptions:
                 expected="--beta above 0 and below 1, with " + ", ".join(DEFAULT_BETA),
                 todo="--divergence forward and reverse are its two limits",
             )
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise RequestError(
+                "The learning rate would fall before it has risen.",
+                found=f"--warmup {self.warmup:g} --decay {self.decay:g}", expected="at most 1 together",
+            )  # fmt: skip
+        if self.keep == "best" and not self.eval_every:
+            raise RequestError(
+                "The best weights are not known where nothing is measured.", found="--keep best without --eval-every",
+                todo="give --eval-every STEPS",
+            )  # fmt: skip
         if self.on_policy and self.prompt > self.length - 8:
             raise RequestError(
                 "The prompt leaves no room for a continuation.",
                 found=f"--prompt {self.prompt}",
                 expected=f"at most {self.length - 8}, eight less than --length",
             )
+
+    @property
+    def teacher_precision(self) -> str:
+        """The teacher's, with "same" resolved."""
+        return self.dtype if self.teacher_dtype == "same" else self.teacher_dtype
 
     @property
     def mixture(self) -> float:
@@ -123,7 +159,7 @@ class CacheOptions:
         held_out: share of documents that the run holds out, which are not cached.
         seed: the run's, of the held-out split; and of the samples.
         batch: sequences in one pass of the teacher.
-        dtype: of the teacher's arithmetic.
+        dtype: of the teacher; "int8" and "nf4" are bitsandbytes' 8 and 4 bits.
         shard_tokens: tokens between commits: so many at most are lost when it is killed.
     """
 
@@ -134,7 +170,7 @@ class CacheOptions:
     held_out: float = 0.05
     seed: int = 0
     batch: int = 16
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
     shard_tokens: int = 1 << 18
 
     def __post_init__(self) -> None:

@@ -18,16 +18,18 @@ from distill.options import DistillOptions
 from distill.state import StateFolder, checkpoint_folder
 from distill.text import load_text
 from distill.vocabulary import vocabulary_hash
+from distill.wanted import Wanted, common_ids, find_student
 from nano.errors import OutputExistsError, RequestError, UnsupportedError
 from nano.folder import check_output
 from nano.manifest import fingerprint
 from nano.progress import say, warn
-from nano.shapes import FULL, SLIDING, ModelShape, read_config
-from nano.solve import solve_student
+from nano.shapes import ModelShape, read_config
 from nano.sources import Source, open_sources
 from nano.tokens import load_tokenizer
 
 MANY_EPOCHS = 20
+NO_MATTER = ("save_every", "curves", "tensorboard")
+"""Options on which the weights do not depend."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Job:
 
     Attributes:
         teacher: the teacher's folder.
-        config: its config.json (the text part).
+        config: the config.json that the student's is made of.
         teacher_shape, shape: of the teacher; asked of the student.
         rows, held_out: training and held-out text, packed.
         sources: where the text came from.
@@ -44,6 +46,8 @@ class Job:
         identity: everything the result depends on; a state of another identity is not resumed.
         endings: ids that end a text.
         cache: the teacher's answers on disk, where the student is trained from them.
+        given: the student's folder, where it has weights already.
+        vocab: ids that are compared, where the embeddings of teacher and student differ in size.
     """
 
     teacher: Path
@@ -57,6 +61,8 @@ class Job:
     identity: Mapping[str, Any]
     endings: tuple[int, ...] = ()
     cache: Cache | None = None
+    given: Path | None = None
+    vocab: int | None = None
 
 
 def check_request(data: Sequence[str | Path], outs: Sequence[Path], *, force: bool, resume: bool | None) -> None:
@@ -113,9 +119,7 @@ def prepare(
             found=f"--length {options.length}",
             expected=f"at most {shape.max_positions}",
         )
-    targets = [s if isinstance(s, ModelShape) else solve_student(shape, s) for s in students]
-    for target in targets:
-        check_shapes(shape, target, start=options.start)
+    targets = [find_student(student, shape, config, options.start) for student in students]
     cache = open_cache(teacher_cache, options) if teacher_cache else None
     sources = open_sources(data)
     from nano.torch_lm import check_float_folder
@@ -123,7 +127,8 @@ def prepare(
     check_float_folder(teacher)
     tokenizer = load_tokenizer(teacher, shape.vocab_size)
     for target in targets:
-        say(f"student: {describe(target)}")
+        say(f"student: {describe(target.shape)}")
+    common = [common_ids(target, shape, tokenizer) for target in targets]
     text = load_text(sources, tokenizer, options)
     rows, held_out = text.rows, text.held_out
     epochs = options.steps * options.batch / len(rows)
@@ -139,10 +144,10 @@ def prepare(
         shared["teacher_cache"] = vars(cache.facts)
     return [
         Job(
-            teacher, config, shape, target, rows, held_out, sources, options,
-            {**shared, "shape": json.loads(json.dumps(dataclasses.asdict(target)))}, endings, cache,
+            teacher, target.config, shape, target.shape, rows, held_out, sources, options,
+            {**shared, **_own_identity(target)}, endings, cache, target.folder, ids,
         )
-        for target in targets
+        for target, ids in zip(targets, common, strict=True)
     ]  # fmt: skip
 
 
@@ -176,39 +181,6 @@ def rows_seen(rows: Rows, options: DistillOptions) -> npt.NDArray[np.int64]:
     return np.unique(np.concatenate([np.zeros(0, np.int64), *seen]))
 
 
-def check_shapes(teacher: ModelShape, student: ModelShape, start: str = "pruned") -> None:
-    """Whether a student of this shape can be trained against this teacher, and cut from it where it starts so.
-
-    Raises:
-        RequestError: a dimension exceeds the teacher's, or layer kinds are wanted that the teacher has too few of.
-        UnsupportedError: another family, vocabulary or head width.
-    """
-    for name in ("family", "vocab_size") if start == "random" else ("family", "vocab_size", "head_dim", "tied"):
-        if getattr(student, name) != getattr(teacher, name):
-            raise UnsupportedError(
-                f"This student's {name} has to be its teacher's.",
-                found=f"{getattr(student, name)} for a teacher of {getattr(teacher, name)}",
-                todo="ask for the student by its size",
-            )
-    if start == "random":
-        return
-    for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-        if getattr(student, name) > getattr(teacher, name):
-            raise RequestError(
-                "The student exceeds its teacher, so it cannot be cut from its weights.",
-                found=f"{name} = {getattr(student, name)}",
-                expected=f"at most the teacher's {getattr(teacher, name)}",
-                todo="ask for a smaller student, or start at random (--start random)",
-            )
-    for kind in (FULL, SLIDING):
-        if student.layer_types.count(kind) > teacher.layer_types.count(kind):
-            raise RequestError(
-                "The student has more layers of one kind than its teacher.",
-                found=f"{student.layer_types.count(kind)} of {kind}",
-                expected=f"at most {teacher.layer_types.count(kind)}",
-            )
-
-
 def describe(shape: ModelShape) -> str:
     """A shape in one line."""
     return (
@@ -217,8 +189,13 @@ def describe(shape: ModelShape) -> str:
     )
 
 
+def _own_identity(target: Wanted) -> dict[str, Any]:
+    plain = {"shape": dataclasses.asdict(target.shape), "given": target.folder and fingerprint(target.folder)}
+    return dict(json.loads(json.dumps(plain)))
+
+
 def _identity(teacher: Path, sources: Sequence[Source], options: DistillOptions) -> dict[str, Any]:
-    settings = {k: v for k, v in dataclasses.asdict(options).items() if k != "save_every"}
+    settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in NO_MATTER}
     files = [(source.fingerprint(), source.weight) for source in sources]
     plain = {"teacher": fingerprint(teacher), "data": files, **settings}
     return dict(json.loads(json.dumps(plain)))

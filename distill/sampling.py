@@ -100,6 +100,10 @@ class SparseAnswers:
     entropy_N: torch.Tensor
     layers: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
+    def over(self, vocab: int | None) -> SparseAnswers:
+        """See `Answers.over`: what is kept are real ids already."""
+        return self
+
     def chunk(
         self, at: slice, logits_CV: torch.Tensor, target_C: torch.Tensor, mix: Mix
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from distill.curves import Events
 from distill.data import Batch, Rows, make_batch
 from distill.losses import Answers, Mix, distillation_loss
 from distill.match import Matcher, states_and_layers
 from distill.models import head_weight
 from distill.onpolicy import RowNumbers, continued, prompt_length, split_step
+from distill.optimizer import learning_rate, make_optimizer, prepare_model
 from distill.options import DistillOptions
+from distill.speed import Speed, peak_flops, training_flops
 from distill.state import Interruption, StateFolder, catch_interrupt
 from distill.teacher import Teacher
 from nano.errors import WorkError
@@ -31,10 +35,6 @@ from nano.progress import say, track
 from nano.shapes import ModelShape
 
 SAVE_SECONDS = 120.0
-BETAS = (0.9, 0.95)
-"""Llama 2's (arXiv 2307.09288, section 2.2): a shorter memory than 0.999, right for runs of few steps."""
-
-FUSED_OPTIMIZER = True
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Pupil:
         facts: plain data kept with the state, so that a resumed run knows what came before.
         measure: figures on held-out text.
         matcher: for hidden-state matching, where it is wanted.
+        vocab: ids that are compared with the teacher's; None means all.
         resume: go on from the state.
+        name: of its output's folder.
     """
 
     model: Any
@@ -57,7 +59,9 @@ class Pupil:
     facts: dict[str, Any]
     measure: Callable[[], Mapping[str, Any]]
     matcher: Matcher | None = None
+    vocab: int | None = None
     resume: bool = False
+    name: str = "student"
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -92,7 +96,8 @@ class Seat:
     """A student's place in the loop: its optimizer, how far it is, and what the step under way has given so far."""
 
     pupil: Pupil
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
+    events: Events
     step: int = 0
     own: list[Batch] = field(default_factory=list)
     mix: Mix = Mix(0.0, 0.0)  # noqa: RUF009
@@ -105,23 +110,6 @@ class Seat:
     norm: float = 0.0
 
 
-def learning_rate(options: DistillOptions, hidden_size: int, step: int) -> float:
-    """Of step `step` (from 0): a linear rise to the peak, then a linear fall to `final_rate` of it."""
-    peak, rise = options.peak_rate(hidden_size), max(1, round(options.warmup * options.steps))
-    if step < rise:
-        return peak * (step + 1) / rise
-    done = (step - rise + 1) / max(1, options.steps - rise)
-    return peak * (1 - done * (1 - options.final_rate))
-
-
-def make_optimizer(parameters: Sequence[torch.nn.Parameter], options: DistillOptions) -> torch.optim.AdamW:
-    """AdamW; norms are not decayed."""
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=FUSED_OPTIMIZER)
-
-
 def train(run: Training) -> None:
     """Train all students in place to the last step; their states after it are kept.
 
@@ -130,29 +118,38 @@ def train(run: Training) -> None:
         NoSpaceError: the disk filled up.
         KeyboardInterrupt: the user stopped it; the states were kept.
     """
-    seats = [_seat(pupil, run.options) for pupil in run.pupils]
+    seats = [_seat(pupil, run) for pupil in run.pupils]
     start = min(seat.step for seat in seats)
     if any(pupil.resume for pupil in run.pupils):
         say(f"resuming after step {start} of {run.options.steps}")
     with catch_interrupt() as stop, track("distill", run.options.steps - start, "steps") as progress:
-        _steps(run, seats, start, stop, progress.advance)
+        try:
+            _steps(run, seats, start, stop, progress.advance)
+        finally:
+            for seat in seats:
+                seat.events.close()
 
 
-def _seat(pupil: Pupil, options: DistillOptions) -> Seat:
-    seat = Seat(pupil, make_optimizer(list(pupil.parameters.values()), options))
+def _seat(pupil: Pupil, run: Training) -> Seat:
+    optimizer, step = make_optimizer(list(pupil.parameters.values()), run.options), 0
     if pupil.resume:
         saved = pupil.state.header()
-        pupil.state.restore(pupil.parameters, seat.optimizer)
+        pupil.state.restore(pupil.parameters, optimizer)
         pupil.state.cut_metrics(int(saved.facts["metrics_bytes"]))
-        seat.step = saved.step
-    return seat
+        step = saved.step
+    prepare_model(pupil.model, run.options)
+    folder = Path(run.options.tensorboard) if run.options.tensorboard else None
+    several = len(run.pupils) > 1
+    return Seat(pupil, optimizer, Events(folder / pupil.name if folder and several else folder, step), step)
 
 
 def _steps(
     run: Training, seats: list[Seat], start: int, stop: Interruption, advance: Callable[[int, str], None]
 ) -> None:
     options = run.options
-    last_saved, began, sitting_tokens = time.monotonic(), time.monotonic(), 0
+    last_saved = time.monotonic()
+    flops = sum(training_flops(pupil.shape, options.length) for pupil in run.pupils)
+    speed = Speed(flops, peak_flops(run.device, options.dtype))
     for step in range(start, options.steps):
         clock = time.perf_counter()
         active = [seat for seat in seats if seat.step == step]
@@ -163,9 +160,7 @@ def _steps(
             facts["seconds"] = float(facts.get("seconds", 0.0)) + spent
             facts["tokens"] = int(facts.get("tokens", 0)) + seat.positions
             _note(run, seat)
-        sitting_tokens += active[0].positions
-        rate = sitting_tokens / max(time.monotonic() - began, 1e-9)
-        advance(1, f"loss {', '.join(f'{seat.loss:.3f}' for seat in active)}, {rate:,.0f} tokens/s")
+        advance(1, f"loss {', '.join(f'{seat.loss:.3f}' for seat in active)}, {speed.add(active[0].positions)}")
         last = step + 1 == options.steps
         due = (step + 1) % options.save_every == 0 if options.save_every else time.monotonic() - last_saved > SAVE_SECONDS  # noqa: E501  # fmt: skip
         if last or due or stop.requested:
@@ -218,7 +213,7 @@ def _begin(run: Training, seat: Seat, text: list[Batch], own_order: RowNumbers, 
                 seat.own.append(
                     continued(
                         seat.pupil.model, run.rows, part, prompt, run.endings,
-                        step=step, seed=options.seed, device=run.device,
+                        step=step, seed=options.seed, device=run.device, vocab=seat.pupil.vocab,
                     )
                 )  # fmt: skip
     seat.positions = sum(batch.target_N.numel() for batch in [*text, *seat.own])
@@ -236,7 +231,8 @@ def _learn(run: Training, seat: Seat, batch: Batch, answers: Answers) -> None:
     watched = range(pupil.shape.num_layers) if pupil.matcher else ()
     with _autocast(run):
         hidden_ND, layers = states_and_layers(pupil.model, pupil.shape, batch, watched)
-    loss, sums = distillation_loss(hidden_ND, head_weight(pupil.model), answers, batch.target_N, seat.mix)
+    head, answers = head_weight(pupil.model)[: pupil.vocab], answers.over(pupil.vocab)
+    loss, sums = distillation_loss(hidden_ND, head, answers, batch.target_N, seat.mix)
     if pupil.matcher:
         apart = pupil.matcher.loss(layers, answers.layers)
         loss = loss + run.options.match / seat.positions * apart
@@ -278,7 +274,23 @@ def _note(run: Training, seat: Seat) -> None:
         record["own_tokens"] = sum(batch.target_N.numel() for batch in seat.own)
     if options.eval_every and seat.step % options.eval_every == 0 and seat.step < options.steps:
         record["held_out"] = dict(pupil.measure())
+        if options.keep == "best":
+            _keep_best(seat, objective(record["held_out"], options))
     pupil.state.note(record)
+    seat.events.add(record)
+
+
+def objective(held_out: Mapping[str, float], options: DistillOptions) -> float:
+    """What training makes small, on held-out text: the mix of KL and cross-entropy."""
+    return options.kd * held_out["kl"] + (1 - options.kd) * held_out["cross_entropy"]
+
+
+def _keep_best(seat: Seat, found: float) -> None:
+    """Keep the weights if none before were as good. A resumed run comes by here again and does the same."""
+    facts = seat.pupil.facts
+    if found < facts.get("best", {"objective": math.inf})["objective"]:
+        seat.pupil.state.save_best(dict(seat.pupil.model.named_parameters()))
+        facts["best"] = {"step": seat.step, "objective": found}
 
 
 def _save(seats: list[Seat]) -> None:

@@ -16,18 +16,21 @@ import numpy as np
 import torch
 
 from distill.caching import CachedTeacher
+from distill.curves import CURVES, draw_curves
 from distill.data import Batch, batches, make_batch
 from distill.depth import layers_to_drop
 from distill.importance import measure as measure_importance
 from distill.losses import Comparison
 from distill.match import Matcher, spread
 from distill.models import load_weights, new_model
+from distill.optimizer import check_means
+from distill.options import BEFORE
 from distill.refit import Refit
 from distill.request import Job
 from distill.shrink import choose, cut_tensors, least_influence, select
 from distill.state import METRICS, StateFolder
 from distill.teacher import LiveTeacher, open_teacher
-from distill.train import Pupil, Training, train
+from distill.train import Pupil, Training, objective, train
 from nano.checkpoint import Checkpoint, write_checkpoint
 from nano.corpus import describe_sources
 from nano.families import EMBEDDING, weight_shapes
@@ -63,8 +66,8 @@ def work(assignments: Sequence[Assignment], force: bool) -> list[Manifest]:
     """Do checked jobs of one teacher, text and options; see `distill.run.run_distill_many`."""
     job = assignments[0].job
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if job.options.dtype == "bfloat16" else torch.float32
-    teacher = open_teacher(job.teacher, job.teacher_shape, dtype, device)
+    check_means(job.options, device)
+    teacher = open_teacher(job.teacher, job.teacher_shape, job.options.teacher_precision, device)
     held_out = list(batches(job.held_out, EVAL_BATCH, device))
     pupils = tuple(_pupil(assignment, teacher, held_out, device) for assignment in assignments)
     if job.options.steps:
@@ -73,8 +76,9 @@ def work(assignments: Sequence[Assignment], force: bool) -> list[Manifest]:
         train(Training(pupils, source, job.rows, job.options, device, job.endings))
     made = []
     for assignment, pupil in zip(assignments, pupils, strict=True):
-        _round_to_stored(pupil.model, job)
-        trained = teacher.compare(pupil.model, pupil.shape, held_out)
+        _choose(pupil, job)
+        _round_to_stored(pupil.model, assignment.job)
+        trained = teacher.compare(pupil.model, pupil.shape, held_out, pupil.vocab)
         _say_figures("trained", _figures(trained))
         with staged_folder(assignment.out, force=force) as folder:
             made.append(_write(folder, assignment, pupil, trained))
@@ -96,9 +100,20 @@ def _pupil(assignment: Assignment, teacher: LiveTeacher, held_out: list[Batch], 
     matcher = _matcher(job, shape, facts["cut"], device) if job.options.match else None
 
     def measure() -> dict[str, float]:
-        return _figures(teacher.compare(model, shape, held_out))
+        return _figures(teacher.compare(model, shape, held_out, job.vocab))
 
-    return Pupil(model, shape, assignment.state, facts, measure, matcher, assignment.resuming)
+    name = assignment.out.name
+    return Pupil(model, shape, assignment.state, facts, measure, matcher, job.vocab, assignment.resuming, name)
+
+
+def _choose(pupil: Pupil, job: Job) -> None:
+    """Take the best weights where they are wanted and better than the last; `facts` says of which step they are."""
+    if job.options.keep == "last" or "best" not in pupil.facts:
+        return
+    if pupil.facts["best"]["objective"] < objective(pupil.measure(), job.options):
+        pupil.state.restore_best(pupil.model)
+        pupil.facts["kept_step"] = pupil.facts["best"]["step"]
+        say(f"kept: the weights after step {pupil.facts['kept_step']}, the best on held-out text")
 
 
 def _matcher(job: Job, shape: ModelShape, cut: Mapping[str, Any] | None, device: str) -> Matcher:
@@ -112,7 +127,14 @@ def _matcher(job: Job, shape: ModelShape, cut: Mapping[str, Any] | None, device:
 def begin(job: Job, teacher: LiveTeacher, held_out: list[Batch], device: str) -> tuple[Any, dict[str, Any]]:
     """The student before training, and what is known of it: config, figures, what was cut."""
     facts: dict[str, Any] = {"identity": job.identity, "seconds": 0.0, "tokens": 0}
-    if job.options.start == "random":
+    if job.given is not None:
+        config, shape = dict(job.config), job.shape
+        model = new_model(config)
+        with Checkpoint(job.given) as checkpoint:
+            load_weights(model, {name: checkpoint.tensor(name) for name in weight_shapes(shape)})
+        model = model.to(device)
+        facts.update(config=config, cut=None)
+    elif job.options.start == "random":
         config = job.shape.to_hf(job.config)
         model = new_model(config, job.options.seed).to(device)
         facts.update(config=config, cut=None)
@@ -121,10 +143,10 @@ def begin(job: Job, teacher: LiveTeacher, held_out: list[Batch], device: str) ->
         model, shape, cut = _pruned(job, teacher, _calibration(job, device))
         model, config = model.to(device), shape.to_hf(job.config)
         facts.update(config=config, cut=cut)
-    before = teacher.compare(model, shape, held_out)
+    before = teacher.compare(model, shape, held_out, job.vocab)
     facts["held_out"] = {"tokens": before.tokens, "teacher": _entropy(before.teacher_ce, before), "start": _figures(before)}  # noqa: E501  # fmt: skip
     say(f"teacher: cross-entropy {before.teacher_ce / before.tokens:.4f} on {before.tokens:,} held-out tokens")
-    _say_figures("after the cut" if facts["cut"] else "at random", facts["held_out"]["start"])
+    _say_figures(BEFORE[_start(job)], facts["held_out"]["start"])
     return model, facts
 
 
@@ -168,9 +190,13 @@ def _say_figures(when: str, figures: Mapping[str, float]) -> None:
         f"same top token {figures['top1']:.1%}")  # fmt: skip
 
 
+def _start(job: Job) -> str:
+    return "given" if job.given else job.options.start
+
+
 def _stored_dtype(job: Job) -> torch.dtype:
-    """The precision of the teacher's file, and so of the student's."""
-    with Checkpoint(job.teacher) as checkpoint:
+    """The precision of the file that the student began from (the teacher's, where it had none), and so of its own."""
+    with Checkpoint(job.given or job.teacher) as checkpoint:
         return checkpoint.rows(f"{EMBEDDING}.weight", 0, 1).dtype
 
 
@@ -191,17 +217,19 @@ def _write(folder: Path, assignment: Assignment, pupil: Pupil, trained: Comparis
     config = {**facts["config"], "dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     _write_json(folder / "config.json", config)
-    copy_tokenizer(job.teacher, folder)
+    copy_tokenizer(job.given or job.teacher, folder)
     if not (folder / "generation_config.json").is_file():
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         _write_json(folder / "generation_config.json", {key: config[key] for key in ids if config.get(key) is not None})
     if state.metrics_bytes():
         (folder / METRICS).write_bytes((state.folder / METRICS).read_bytes())
+        if job.options.curves and not draw_curves(folder / METRICS, folder / CURVES):
+            say("no curves.png: pip install 'nanokit[curves]'")
     return write_manifest(
         folder,
         Manifest(
             kind="student",
-            inputs={"teacher": input_entry(job.teacher), **_cache_entry(job)},
+            inputs={"teacher": input_entry(job.teacher), **_given_entry(job), **_cache_entry(job)},
             recipe=dataclasses.asdict(job.options),
             data={
                 **describe_sources(job.sources, tokens=int(facts["tokens"]), seed=job.options.seed),
@@ -214,6 +242,10 @@ def _write(folder: Path, assignment: Assignment, pupil: Pupil, trained: Comparis
     )
 
 
+def _given_entry(job: Job) -> dict[str, Any]:
+    return {"student": input_entry(job.given)} if job.given else {}
+
+
 def _cache_entry(job: Job) -> dict[str, Any]:
     if job.cache is None:
         return {}
@@ -224,13 +256,14 @@ def _results(job: Job, shape: ModelShape, facts: Mapping[str, Any], trained: Com
     seconds, tokens = float(facts["seconds"]), int(facts["tokens"])
     unit = 1 if sys.platform == "darwin" else 1024
     return {
-        "start": job.options.start,
+        "start": _start(job),
         "parameters": shape.num_parameters,
         "teacher_parameters": job.teacher_shape.num_parameters,
         "held_out": {**facts["held_out"], "trained": _figures(trained)},
         "cut": facts["cut"],
         "learning_rate": job.options.peak_rate(shape.hidden_size),
         "steps": job.options.steps,
+        "kept_step": facts.get("kept_step", job.options.steps),
         "train_tokens": tokens,
         "train_seconds": seconds,
         "tokens_per_second": tokens / seconds if seconds else 0.0,

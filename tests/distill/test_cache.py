@@ -362,7 +362,7 @@ def test_answers_come_in_the_batchs_order(cache: Path, stories: Path, text: Path
 
     rows = load_text(open_sources([text]), load_tokenizer(stories), KEEP.run_options()).rows
     batch = make_batch(rows, np.arange(len(rows) - 6, len(rows)))
-    live = open_teacher(stories, ModelShape.from_hf(read_config(stories)), torch.float32, "cpu").answers(batch)
+    live = open_teacher(stories, ModelShape.from_hf(read_config(stories)), "float32", "cpu").answers(batch)
     p = F.softmax(live.hidden_NE.double() @ live.head_VE.double().T, -1)
     kept = CachedTeacher(Cache(cache)).answers(batch)
     dense = torch.zeros_like(p).scatter_add_(1, kept.id_NK, kept.weight_NK.double())
