@@ -92,9 +92,10 @@ class Linears:
     grids: Mapping[str, Grid]
 
     def whole(self, name: str) -> torch.Tensor:
-        """Mean squared output of a linear, summed over its channels."""
+        """Mean squared output of a linear, summed over its channels; infinite where there is none to be lost."""
         weight_NK = self.weights[name]
-        return (weight_NK @ self.moments[name] * weight_NK).sum().clamp_min(1e-30)
+        whole = (weight_NK @ self.moments[name] * weight_NK).sum()
+        return torch.where(whole > 0, whole, torch.full_like(whole, torch.inf))
 
     def readers(self, heads_GAA: torch.Tensor) -> list[Reader]:
         """What reads the residual stream, v_proj's rows turned, at most about `SAMPLED_WIDTH` rows of each."""
@@ -195,8 +196,12 @@ def turn_energy(moments_KK: torch.Tensor, heads_GAA: torch.Tensor) -> torch.Tens
 def rounding_noise(weight_NK: torch.Tensor, energy_K: torch.Tensor, group_size: int) -> torch.Tensor:
     """Expected squared output error of a weight on a 4-bit grid, but for a constant factor."""
     groups_NGg = weight_NK.view(len(weight_NK), -1, group_size)
-    # the small number keeps the slope of a group of zeros finite
-    step_NG = (groups_NGg.abs().pow(NORM).mean(-1) + 1e-12).pow(2 / NORM)
+    # measured in each group's own largest magnitude, since real weights to the eighth underflow
+    unit_NG = groups_NGg.detach().abs().amax(-1)
+    live_NG = unit_NG > 0
+    unit_NG = torch.where(live_NG, unit_NG, torch.ones_like(unit_NG))
+    powers_NG = (groups_NGg / unit_NG[..., None]).abs().pow(NORM).mean(-1)
+    step_NG = torch.where(live_NG, powers_NG, torch.ones_like(powers_NG)).pow(2 / NORM) * unit_NG.square() * live_NG
     return (step_NG @ energy_K.view(-1, group_size).sum(-1)).sum()
 
 

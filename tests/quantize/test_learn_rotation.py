@@ -53,6 +53,20 @@ def test_the_noise_is_a_sum_over_rows_and_groups() -> None:
     assert float(rounding_noise(weight_NK, energy_K, 32)) == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_noise_of_tiny_weights_and_of_groups_of_zeros() -> None:
+    weight_NK, energy_K = normal(3, 64), torch.ones(64)
+    weight_NK[1, 32:] = 0
+    tiny_NK = (1e-6 * weight_NK).requires_grad_()
+    noise = rounding_noise(tiny_NK, energy_K, 32)
+    assert float(noise.detach()) == pytest.approx(1e-12 * float(rounding_noise(weight_NK, energy_K, 32)), rel=1e-4)
+    noise.backward()  # type: ignore[no-untyped-call]
+    assert tiny_NK.grad is not None
+    assert bool(torch.isfinite(tiny_NK.grad).all())
+    assert float(tiny_NK.grad.norm()) > 0
+    dead = Linears({"a": torch.zeros(4, 64)}, {"a": torch.eye(64)}, {})
+    assert float(dead.whole("a")) == float("inf")
+
+
 def test_turned_energy_is_the_energy_of_turned_inputs() -> None:
     heads_GAA = torch.stack([randomised_hadamard(8, torch.Generator().manual_seed(i)) for i in range(2)])
     x_MK = normal(50, 48) @ normal(48, 48, seed=1)  # 6 query heads, 3 of each key/value head
