@@ -50,6 +50,10 @@ CONSTANTS = Path(__file__).resolve().parent / "_constants.toml"
 FLOAT_BYTES = 4
 """Both runtimes compute in float32: caches, activations, norms and float embeddings are written so."""
 
+ROW_BLOCKS = (128, 64, 32, 16)
+"""Blocks that a row with one scale is cut into for ONNX Runtime, the first that divides it: larger ones repeat the
+scale less often, but activations are quantized by the same blocks, and those of 256 are the coarser."""
+
 
 @dataclass(frozen=True)
 class PlannedRecipe:
@@ -198,14 +202,14 @@ def planned_facts(shape: ModelShape, recipe: PlannedRecipe) -> BundleFacts:
     check_context(shape, recipe.context)
     parts = planned_parts(shape, recipe)
     on_grid = recipe.embedding != "float"
-    table = parts["embedding"]
+    table, head = parts["embedding"], parts["head"] or parts["embedding"]
     chunk = min(recipe.chunk, recipe.context)
     return BundleFacts(
         runtime=recipe.runtime,
         shape=shape,
         file_bytes=sum(parts.values()),
-        packed_source_bytes=parts["linears"] + (table if on_grid else 0),
-        float_head_bytes=0 if on_grid else table,
+        packed_source_bytes=parts["linears"] + (head if on_grid else 0),
+        float_head_bytes=0 if on_grid else head,
         mapped_bytes=table + parts["norms"],
         kv_cache_bytes=cache_bytes(shape, recipe.runtime, recipe.context, chunk),
         logits_bytes=FLOAT_BYTES * shape.vocab_size,
@@ -218,19 +222,28 @@ def planned_facts(shape: ModelShape, recipe: PlannedRecipe) -> BundleFacts:
 def planned_parts(shape: ModelShape, recipe: PlannedRecipe) -> dict[str, int]:
     """Bytes of a bundle's file by part: linears, embedding, head (where it is stored apart), norms.
 
-    Scales are bfloat16 in a .pte and float32 in ONNX; a tied embedding stands twice in a .pte (once to be looked up,
-    once as the head) and once in ONNX.
+    Scales of int4 are bfloat16 in a .pte, but for an embedding that is looked up, and float32 in ONNX; an int8
+    embedding has one float32 scale a row (in ONNX for each block of it). A tied embedding stands twice in a .pte (once
+    to be looked up, once as the head) and once in ONNX.
     """
     scale_bytes = 2 if recipe.runtime == "executorch" else FLOAT_BYTES
     linears = shape.num_layers * sum(
         _grid_bytes(*size, 4, recipe.group_size, scale_bytes) for size in linear_shapes(shape).values()
     )
     v, d = shape.vocab_size, shape.hidden_size
-    on_grid = recipe.embedding != "float"
-    table = _grid_bytes(v, d, int(recipe.embedding), recipe.group_size, scale_bytes) if on_grid else FLOAT_BYTES * v * d
+    table = head = FLOAT_BYTES * v * d
+    if recipe.embedding == "4":
+        table, head = (_grid_bytes(v, d, 4, recipe.group_size, size) for size in (FLOAT_BYTES, scale_bytes))
+    elif recipe.embedding == "8":
+        table = head = _grid_bytes(v, d, 8, d if recipe.runtime == "executorch" else row_block(d) or d, FLOAT_BYTES)
     norms = FLOAT_BYTES * (shape.num_parameters - shape.embedding_parameters - shape.linear_parameters)
     own_head = recipe.runtime == "executorch" or not shape.tied
-    return {"linears": linears, "embedding": table, "head": table if own_head else 0, "norms": norms}
+    return {"linears": linears, "embedding": table, "head": head if own_head else 0, "norms": norms}
+
+
+def row_block(columns: int) -> int | None:
+    """The blocks that ONNX Runtime gets a row with one scale in; None where none divides it."""
+    return next((block for block in ROW_BLOCKS if columns % block == 0), None)
 
 
 def manifest_facts(manifest: Manifest, tokenizer_bytes: int, where: str) -> BundleFacts:

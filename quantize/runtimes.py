@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from device_profiles.footprint import row_block
 from nano.errors import RequestError
 from nano.families import EMBEDDING, linear_names, weight_shapes
 from nano.shapes import ModelShape
@@ -28,9 +29,6 @@ XNNPACK_MULTIPLE = 32
 """XNNPACK's blockwise kernel takes groups of a multiple of 32 (backends/xnnpack/operators/node_visitor.py)."""
 ONNX_BLOCKS = (16, 32, 64, 128, 256)
 """Block sizes that MLAS has kernels for (onnxruntime/core/mlas/lib/qnbitgemm.cpp, GetQNBitGemmVariant)."""
-ONNX_ROW_BLOCKS = (128, 64, 32, 16)
-"""Blocks that a row with one scale is cut into, the first that divides it: larger ones repeat the scale less often,
-but ONNX Runtime quantizes activations by the same blocks, and those of 256 are the coarser."""
 
 TAKES = {
     "executorch": "4 bits symmetric in groups of a multiple of 32 (or by channel where 32 divides the width), "
@@ -47,7 +45,7 @@ def onnx_block(columns: int, group_size: int) -> int | None:
     if group_size in ONNX_BLOCKS and columns % group_size == 0:
         return group_size
     if group_size == columns:
-        return next((block for block in ONNX_ROW_BLOCKS if columns % block == 0), None)
+        return row_block(columns)
     return None
 
 

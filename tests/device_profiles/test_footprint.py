@@ -36,10 +36,10 @@ def test_bytes_of_the_file_by_hand() -> None:
     onnx = planned_parts(LLAMA, PlannedRecipe("onnx"))
     assert executorch["linears"] == 3 * (codes + 2 * groups)
     assert onnx["linears"] == 3 * (codes + 4 * groups)
-    assert executorch["embedding"] == executorch["head"] == 1000 * (32 + 2 * 2)
+    assert (executorch["embedding"], executorch["head"]) == (1000 * (32 + 2 * 4), 1000 * (32 + 2 * 2))
     assert (onnx["embedding"], onnx["head"]) == (1000 * (32 + 2 * 4), 0)
     assert executorch["norms"] == 4 * (3 * 2 * 64 + 64)
-    assert planned_parts(LLAMA, PlannedRecipe("onnx", embedding="8"))["embedding"] == 1000 * (64 + 2 * 4)
+    assert planned_parts(LLAMA, PlannedRecipe("onnx", embedding="8"))["embedding"] == 1000 * (64 + 4)
     assert planned_parts(LLAMA, PlannedRecipe("onnx", embedding="float"))["embedding"] == 4 * 1000 * 64
     odd = LLAMA.resized(intermediate_size=172)
     assert planned_parts(odd, PlannedRecipe("onnx"))["linears"] == planned_parts(LLAMA.resized(intermediate_size=192), PlannedRecipe("onnx"))["linears"] - 3 * 2 * 20 * 2 * (16 + 4)  # noqa: E501  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from device_profiles.footprint import RUNTIMES, EmbeddingBits, PlannedRecipe, manifest_facts, planned_facts
 from export.options import ExportOptions
 from export.run import run_export
 from nano.errors import UnsupportedError
@@ -105,6 +106,28 @@ def test_executorch_computes_what_the_grid_says(
 def test_what_a_runtime_cannot_run_is_refused_at_export_too(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     for name in ONNX:
         int4 = make(name, "onnx", tiny_model, tmp_path / name)
-        with pytest.raises(UnsupportedError, match="executorch cannot take|on a grid for ExecuTorch"):
+        with pytest.raises(UnsupportedError, match=r"executorch cannot take|on a grid for ExecuTorch"):
             run_export(int4, "executorch", tmp_path / "out", ExportOptions())
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("embedding", ["float", "int4", "int8"])
+def test_the_forecast_of_bytes_is_what_is_written(
+    embedding: Any, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`nanokit plan` and `check` count alike, tied and not, in both formats."""
+    for tied in (True, False):
+        int4 = tmp_path / f"int4-{tied}"
+        options = QuantizeOptions(method="rtn", embedding=embedding, head=embedding)
+        run_quantize(tiny_model("llama", tie_word_embeddings=tied), [], int4, options)
+        for runtime in RUNTIMES:
+            manifest = run_export(int4, runtime, tmp_path / f"{runtime}-{tied}", ExportOptions(chunk=16, context=64))
+            written = manifest_facts(manifest, 0, "here")
+            bits: EmbeddingBits = "float" if embedding == "float" else embedding[3:]
+            recipe = PlannedRecipe(runtime, 32, bits, context=64, chunk=16)
+            planned = planned_facts(written.shape, recipe)
+            assert written.packed_source_bytes == planned.packed_source_bytes
+            assert (written.float_head_bytes, written.kv_cache_bytes) == (planned.float_head_bytes, planned.kv_cache_bytes)  # noqa: E501  # fmt: skip
+            if runtime == "executorch":  # rotation tables and the like are not planned for
+                assert 0 <= written.mapped_bytes - planned.mapped_bytes < 40_000
+            assert 0 < written.file_bytes - planned.file_bytes < 100_000
