@@ -1,7 +1,8 @@
 """The quantization report: what each linear lost, in a page and a picture that lie in the int4 folder.
 
 `report.html` is one file without scripts or network, for light and dark, narrow and wide. `report.png` is the same
-curves for a README or a chat. Both are drawn from the manifest's facts alone.
+curves for a README or a chat. Both are drawn from the manifest's facts alone, and from none that differ from run to
+run (times): equal runs give equal folders.
 """
 
 from __future__ import annotations
@@ -128,9 +129,6 @@ def _figures(facts: Facts) -> str:
     if "kl_after_training" in facts.results:
         was_kl, kl = facts.results["kl_before_training"], facts.results["kl_after_training"]
         shown.append(("KL to the float model", f"{kl:.4f}", f"nats a token; {was_kl:.4f} before training"))
-    seconds = facts.results.get("seconds")
-    if seconds is not None:
-        shown.append(("time", f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s", ""))
     cells = (f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in shown)
     return f'<dl class="figures">{"".join(cells)}</dl>'
 

@@ -101,6 +101,12 @@ def test_rounding_alone_is_one_line_and_says_of_what(tmp_path: Path) -> None:
     assert "linear's weights" in html.replace("&#x27;", "'")
 
 
+def test_how_long_it_took_changes_no_byte() -> None:
+    slow, fast = made_up(2), made_up(2)
+    slow.results["seconds"] = 1e4  # type: ignore[index]
+    assert page(facts_of(slow, (9, 9))) == page(facts_of(fast, (9, 9)))
+
+
 def test_errors_of_zero_are_drawn(tmp_path: Path) -> None:
     manifest = made_up(3, budget=False)
     for table in ("relative_error", "rounding_error"):
