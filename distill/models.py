@@ -74,7 +74,8 @@ def linear_weight(linear: Any) -> torch.Tensor:
     scale_N = getattr(linear.weight, "SCB", None)
     if scale_N is None:  # bitsandbytes moves it there at the first product
         scale_N = getattr(getattr(linear, "state", None), "SCB", None)
-    return weight if scale_N is None else weight.float() * scale_N.float().view(-1, 1) / 127
+    numbers: torch.Tensor = weight if scale_N is None else weight.float() * scale_N.float().view(-1, 1) / 127
+    return numbers
 
 
 def new_model(config: Mapping[str, Any], seed: int = 0) -> Any:

@@ -115,6 +115,6 @@ def test_a_teacher_of_few_bits_is_near_the_float_one_or_says_why_not(
     held = run_distill(stories, "150k", [text], tmp_path / "few", options).results["held_out"]
     exact = run_distill(stories, "150k", [text], tmp_path / "exact", QUICK).results["held_out"]
     found, wanted = held["teacher"]["cross_entropy"], exact["teacher"]["cross_entropy"]
-    assert found == pytest.approx(wanted, rel=0.05)
+    assert found == pytest.approx(wanted, rel={"int8": 0.05, "nf4": 0.15}[precision])  # rows of 64 suffer in 4 bits
     assert found != wanted
     assert held["trained"]["cross_entropy"] == pytest.approx(exact["trained"]["cross_entropy"], rel=0.1)
