@@ -33,12 +33,15 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open()
+
+    def _open(self) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self.folder = folder
         self._stack = ExitStack()
         self._home: dict[str, Any] = {}
-        for path in _shards(folder):
+        for path in _shards(self.folder):
             try:
                 shard = self._stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError, ValueError) as error:
@@ -103,6 +106,11 @@ class Checkpoint:
                 expected=str(list(expected)),
                 todo="make sure config.json and the safetensors come from the same model",
             )
+
+    def release(self) -> None:
+        """Unmap the files and map them anew: what was read so far no longer counts as this process's memory."""
+        self._stack.close()
+        self._open()
 
     def close(self) -> None:
         """Unmap the files."""

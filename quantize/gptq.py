@@ -58,8 +58,10 @@ class Curvature:
 def curvature(mean_KK: torch.Tensor, damping: float) -> Curvature:
     """Prepare a solve from the mean x x^T (K, K) of a linear's inputs.
 
+    At K = 10,752 each such matrix is 441 MiB, so as few as possible exist at once.
+
     Args:
-        mean_KK: mean outer product over calibration positions.
+        mean_KK: mean outer product over calibration positions; becomes the damped Hessian.
         damping: share of the mean diagonal added to the diagonal; grown tenfold while H stays singular.
 
     Raises:
@@ -68,15 +70,17 @@ def curvature(mean_KK: torch.Tensor, damping: float) -> Curvature:
     importance_K = mean_KK.diagonal().clone()
     live_K = importance_K > 0
     level = importance_K[live_K].mean() if bool(live_K.any()) else torch.ones_like(importance_K[:1]).mean()
-    hessian_KK = mean_KK.clone()
-    hessian_KK.diagonal()[~live_K] = level
-    order_K = torch.argsort(hessian_KK.diagonal(), descending=True, stable=True)
-    share = max(damping, 1e-6)
+    hessian_KK = mean_KK
+    diagonal_K = hessian_KK.diagonal()
+    diagonal_K[~live_K] = level
+    order_K = torch.argsort(diagonal_K, descending=True, stable=True)
+    share, added = max(damping, 1e-6), 0.0
     while share <= max(damping, 1e-6) * MOST_DAMPING:
-        damped_KK = hessian_KK + share * level * torch.eye(len(hessian_KK), dtype=mean_KK.dtype, device=mean_KK.device)
-        factor_KK = _inverse_factor(damped_KK[order_K][:, order_K])
+        diagonal_K += (share - added) * level
+        added = share
+        factor_KK = _inverse_factor(hessian_KK, order_K)
         if factor_KK is not None:
-            return Curvature(damped_KK, importance_K.clamp_min(1e-12), order_K, factor_KK)
+            return Curvature(hessian_KK, importance_K.clamp_min(1e-12), order_K, factor_KK)
         share *= 10
     raise WorkError(
         "The calibration inputs of a layer cannot be solved for.",
@@ -85,17 +89,20 @@ def curvature(mean_KK: torch.Tensor, damping: float) -> Curvature:
     )
 
 
-def _inverse_factor(hessian_KK: torch.Tensor) -> torch.Tensor | None:
-    """Upper triangular U with U^T U = H^-1, or None where H is not positive definite.
+def _inverse_factor(hessian_KK: torch.Tensor, order_K: torch.Tensor) -> torch.Tensor | None:
+    """Upper triangular U with U^T U = H^-1, H's rows and columns taken in `order_K`; None if H is not definite.
 
     H reversed in both directions has the Cholesky factor L; L reversed is upper triangular, R, with H = R R^T,
     so U = R^-1: one factorisation and one triangular inverse, no explicit H^-1.
     """
-    lower_KK, failed = torch.linalg.cholesky_ex(hessian_KK.flip(0, 1))
-    if int(failed) or not bool(torch.isfinite(lower_KK).all()):
+    reversed_K = order_K.flip(0)
+    lower_KK, failed = torch.linalg.cholesky_ex(hessian_KK[reversed_K][:, reversed_K])
+    if int(failed) or not bool(torch.isfinite(lower_KK.diagonal()).all()):
         return None
+    upper_KK = lower_KK.flip(0, 1)
+    del lower_KK
     identity_KK = torch.eye(len(hessian_KK), dtype=hessian_KK.dtype, device=hessian_KK.device)
-    inverse_KK: torch.Tensor = torch.linalg.solve_triangular(lower_KK.flip(0, 1), identity_KK, upper=True)
+    inverse_KK: torch.Tensor = torch.linalg.solve_triangular(upper_KK, identity_KK, upper=True)
     return inverse_KK
 
 

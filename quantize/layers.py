@@ -75,12 +75,14 @@ def embed(student: Student, windows: list[torch.Tensor]) -> Hidden:
     lengths = [len(window) for window in windows]
     ids_ST = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True, padding_value=0)
     model = _skeleton(student.config, student.shape, 0)
-    weight_VD = student.tensor(EMBEDDING + ".weight").float()
-    model.embed_tokens.weight = torch.nn.Parameter(weight_VD, requires_grad=False)
+    used_U, place_ST = ids_ST.unique(return_inverse=True)  # a large vocabulary in float32 would be gigabytes
+    weight_UD = student.tensor(EMBEDDING + ".weight")[used_U].float()
+    model.embed_tokens.weight = torch.nn.Parameter(weight_UD, requires_grad=False)
+    model.embed_tokens.padding_idx = None
     if hasattr(model.embed_tokens, "embed_scale"):  # Gemma: sqrt(D), as transformers computes it
         model.embed_tokens.embed_scale = torch.tensor(model.embed_tokens.scalar_embed_scale)
     with torch.no_grad():
-        return Hidden(model.embed_tokens(ids_ST).float(), lengths)
+        return Hidden(model.embed_tokens(place_ST).float(), lengths)
 
 
 def load_layer(student: Student, layer: int, device: torch.device | None = None) -> Any:

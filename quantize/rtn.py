@@ -88,4 +88,5 @@ def rounded_layers(student: Student, grids: Mapping[str, Grid], finished: Finish
                 result.weights[module] = solved
                 result.error[module] = float(lost / weight_NK.square().sum().clamp_min(1e-30))
         result.rounding_error = dict(result.error)
+        student.store.release()
         yield result

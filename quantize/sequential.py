@@ -20,6 +20,7 @@ from nano.errors import WorkError
 from nano.families import family_of, layer_prefix
 from quantize.calibrate import Calibration
 from quantize.gptq import Curvature, correct, curvature, gptq, relative_error
+from quantize.grid import QuantizedTensor
 from quantize.layers import (
     Finished,
     Hidden,
@@ -76,9 +77,10 @@ class Moments:
 
     def mean(self) -> Moments:
         """Per position."""
-        count = max(self.positions, 1)
-        residual_DK = None if self.residual_DK is None else self.residual_DK / count
-        return Moments(self.input_KK / count, self.drift_KK / count, residual_DK, count)
+        for matrix in (self.input_KK, self.drift_KK, self.residual_DK):
+            if matrix is not None:
+                matrix.div_(max(self.positions, 1))
+        return self
 
     def missing(self, weight_NK: torch.Tensor) -> torch.Tensor:
         """(wanted output - this weight's output on the real inputs) x^T."""
@@ -113,6 +115,7 @@ def calibrated_layers(
         else:
             ours.finish(layer, result)
             floats.finish(layer, None)
+        student.store.release()
         _check_finite(layer, hidden)
         yield result
 
@@ -168,15 +171,16 @@ def run_stages(
     for together in SHARED_INPUTS:
         modules = [name for name in together if layer_prefix(layer) + name in grids]
         if modules or together == (O_PROJ,):
-            moments = measure(ours, floats, together[0], student)
+            input_KK, missing = measure(ours, floats, together[0], modules, student)
         if modules:
-            solve = curvature(moments.input_KK, options.damping)
+            solve = curvature(input_KK, options.damping)
             for name in modules:
                 full = layer_prefix(layer) + name
-                _solve_linear(
-                    ours.linear(name), full, moments, solve, grids[full], result, refine=options.method != "fast"
-                )
-                ours.linear(name).weight.data = result.weights[full].dequantize().to(ours.device)
+                weight_NK = ours.linear(name).weight.detach()
+                target_NK = correct(weight_NK, missing.pop(name), solve)
+                solved = gptq(target_NK, solve, grids[full], refine=options.method != "fast")
+                _note(full, weight_NK, target_NK, solved, solve, grids[full], result)
+                ours.linear(name).weight.data = solved.dequantize()
         if together == (O_PROJ,):
             for stream in (ours, floats):
                 pass_attention(stream.model, stream.hidden, stream.attended, stream.device)
@@ -185,13 +189,16 @@ def run_stages(
     return result
 
 
-def _solve_linear(
-    linear: Any, name: str, moments: Moments, solve: Curvature, grid: Grid, result: LayerResult, refine: bool
+def _note(
+    name: str,
+    weight_NK: torch.Tensor,
+    target_NK: torch.Tensor,
+    solved: QuantizedTensor,
+    solve: Curvature,
+    grid: Grid,
+    result: LayerResult,
 ) -> None:
-    """Put one linear of the running layer on the grid and note what was lost."""
-    weight_NK = linear.weight.detach()
-    target_NK = correct(weight_NK, moments.missing(weight_NK), solve)
-    solved = gptq(target_NK, solve, grid, refine)
+    """Put a solved linear and what was lost with it into the result."""
     rounded = round_to_nearest(target_NK, grid)
     result.error[name] = relative_error(weight_NK, target_NK, solved.dequantize(), solve)
     result.rounding_error[name] = relative_error(weight_NK, target_NK, rounded.dequantize(), solve)
@@ -199,8 +206,13 @@ def _solve_linear(
 
 
 @torch.no_grad()
-def measure(ours: Stream, floats: Stream, name: str, student: Student) -> Moments:
-    """Run both streams up to one linear of the layer and gather its moments."""
+def measure(
+    ours: Stream, floats: Stream, name: str, modules: list[str], student: Student
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Run both streams up to a linear: its inputs' mean x x^T, and what each module that shares them should add.
+
+    The latter is (wanted output - the module's own output on the real inputs) x^T, (N, K), by module.
+    """
     columns = ours.linear(name).in_features
     writes = name in WRITERS and not family_of(student.shape.family).post_norms
     width = student.shape.hidden_size
@@ -213,7 +225,8 @@ def measure(ours: Stream, floats: Stream, name: str, student: Student) -> Moment
         valid_bT = mine.valid_bT.to(ours.device)
         residual_MD = (theirs.residual_bTD - mine.residual_bTD)[valid_bT] if writes else None
         total.add(mine.x_bTK[valid_bT], theirs.x_bTK[valid_bT], residual_MD)
-    return total.mean()
+    moments = total.mean()
+    return moments.input_KK, {module: moments.missing(ours.linear(module).weight) for module in modules}
 
 
 def _check_finite(layer: int, hidden: Hidden) -> None:

@@ -63,7 +63,7 @@ def test_codes_equal_the_slow_reference_across_a_block_border() -> None:
 def test_the_factor_is_of_the_inverse_of_the_damped_curvature() -> None:
     x_MK = inputs(200, 48)
     mean_KK = x_MK.T @ x_MK / 200
-    solve = curvature(mean_KK, 0.1)
+    solve = curvature(mean_KK.clone(), 0.1)
     expected_KK = mean_KK + 0.1 * mean_KK.diagonal().mean() * torch.eye(48, dtype=torch.float64)
     assert torch.allclose(solve.hessian_KK, expected_KK)
     ordered_KK = expected_KK[solve.order_K][:, solve.order_K]
