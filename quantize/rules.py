@@ -103,7 +103,12 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
 
 
 def _rule(table: dict[str, Any], where: str) -> Rule:
-    kinds: dict[str, type | tuple[type, ...]] = {"pattern": str, "bits": (int, str), "group_size": (int, str), "symmetric": bool}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "pattern": str,
+        "bits": (int, str),
+        "group_size": (int, str),
+        "symmetric": bool,
+    }
     known = [f.name for f in fields(Rule)]
     for key, value in table.items():
         kind = kinds.get(key)

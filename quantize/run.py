@@ -27,6 +27,7 @@ from quantize.fold import folded, head_stays_tied, prepared
 from quantize.options import END_TO_END, QuantizeOptions
 from quantize.produce import Job, write_tensors
 from quantize.recipe import (
+    Grid,
     QuantRecipe,
     check_grids,
     check_rules,
@@ -34,6 +35,7 @@ from quantize.recipe import (
     padding_multiple,
 )
 from quantize.report import write_report
+from quantize.rules import Rule
 from quantize.runtimes import check_runtime
 from quantize.student import Student
 
@@ -76,11 +78,7 @@ def run_quantize(
     recipe = recipe or default_recipe(options, head_stays_tied(student, options))
     with Student(student, padding_multiple(shape, recipe)) as source:
         model = prepared(source, options)
-        grids = recipe.grids(model.shape)
-        check_grids(model.shape, grids)
-        check_runtime(model.shape, {n: (g.bits, g.group_size, g.symmetric) for n, g in grids.items()}, options.runtime)
-        for words in check_rules(model.shape, recipe, own):
-            warn(words)
+        grids = _checked_grids(model.shape, recipe, own, options)
         tokenizer = load_tokenizer(student, model.shape.vocab_size)
         asked, options = options, _that_can_run(options, model, bool(data))
         room = find_room(model.shape, grids, options, _tokenizer_bytes(student))
@@ -176,6 +174,22 @@ def _free_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _checked_grids(
+    shape: ModelShape, recipe: QuantRecipe, own: tuple[Rule, ...], options: QuantizeOptions
+) -> dict[str, Grid]:
+    """The grid of every module on one, if they fit the widths and the runtime asked for.
+
+    Raises:
+        RequestError: they do not, or a rule matches nothing.
+    """
+    grids = recipe.grids(shape)
+    check_grids(shape, grids)
+    check_runtime(shape, {n: (g.bits, g.group_size, g.symmetric) for n, g in grids.items()}, options.runtime)
+    for words in check_rules(shape, recipe, own):
+        warn(words)
+    return grids
 
 
 def _calibration(data: Sequence[Path], tokenizer: Any, options: QuantizeOptions, model: Student) -> Calibration:
