@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nano.errors import BadFileError, RequestError
 from nano.families import EMBEDDING, HEAD
+from nano.recipe import read_recipe
 from quantize.grid import QuantizedTensor, bf16_exact, code_range
 from quantize.lm import load_dequantised
 from quantize.options import QuantizeOptions
@@ -295,3 +296,16 @@ def test_asymmetric_search_equals_symmetric_where_that_is_best() -> None:
     scale_NG, zero_NG = search_zero_points(weight_NK, 32)
     assert torch.equal(scale_NG, search_scales(weight_NK, 32))
     assert not zero_NG.any()
+
+
+def test_a_build_recipe_holds_grids_and_rules(tmp_path: Path) -> None:
+    path = tmp_path / "build.toml"
+    path.write_text(
+        'teacher = "x"\ndata = ["a"]\nheldout = ["b"]\n[[student]]\nname = "s"\nsize = "150k"\n'
+        '[quantize]\ngroup_size = "channel"\nembedding = "int8"\n[[quantize.rules]]\npattern = ".*q_proj"\nbits = 8\n'
+    )
+    found = read_recipe(path).quantize
+    assert (found.group_size, found.embedding, found.rules) == ("channel", "int8", (Rule(".*q_proj", 8),))
+    path.write_text(path.read_text().replace("bits = 8", "bits = 3"))
+    with pytest.raises(RequestError, match="grid that there is not"):
+        read_recipe(path)
