@@ -68,7 +68,7 @@ PEERS = (
     Entry("absmax", "round-to-nearest, absmax", "with_absmax.py"),
     Entry("gptqmodel-gptq", "gptqmodel GPTQ + MSE", "with_gptqmodel.py", ("--method", "gptq"), "gptqmodel"),
     Entry("gptqmodel-gptaq", "gptqmodel GPTAQ + MSE", "with_gptqmodel.py", ("--method", "gptaq"), "gptqmodel"),
-    Entry("llm-compressor", "llm-compressor AWQ + GPTQ", "with_llmcompressor.py", (), "llm-compressor"),
+    Entry("llm-compressor", "llm-compressor AWQ + GPTQ, MSE scales", "with_llmcompressor.py", (), "llm-compressor"),
     Entry("torchao-qat", "torchao QAT, 100 steps", "with_torchao.py", ("--steps", "100"), "torchao"),
     Entry("auto-round-200", "auto-round, 200 iterations", "with_autoround.py", ("--iterations", "200"), "auto-round"),
 )
