@@ -75,7 +75,7 @@ def embed(student: Student, windows: list[torch.Tensor]) -> Hidden:
     lengths = [len(window) for window in windows]
     ids_ST = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True, padding_value=0)
     model = _skeleton(student.config, student.shape, 0)
-    used_U, place_ST = ids_ST.unique(return_inverse=True)  # a large vocabulary in float32 would be gigabytes
+    used_U, place_ST = torch.unique(ids_ST, return_inverse=True)  # a large vocabulary in float32 would be gigabytes
     weight_UD = student.tensor(EMBEDDING + ".weight")[used_U].float()
     model.embed_tokens.weight = torch.nn.Parameter(weight_UD, requires_grad=False)
     model.embed_tokens.padding_idx = None

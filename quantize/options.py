@@ -13,7 +13,7 @@ from quantize.runtimes import Runtime
 
 Method = Literal["best", "fast", "rtn", "awq", "gptq", "tune", "recover", "bnb-nf4", "bnb-int8"]
 
-STEPS = {"tune": 200, "best": 200, "recover": 2000}
+STEPS = {"tune": 200, "best": 320, "recover": 4000}
 """Training steps of the methods that train, where none are asked for; tune's are for each layer."""
 
 END_TO_END = ("best", "recover")
@@ -54,7 +54,7 @@ class QuantizeOptions:
         awq: fold channel scales searched on calibration text into the weights before any method.
         seed: which windows are drawn, and which rotation is taken.
         damping: share of the mean curvature added to every input channel before the solve.
-        steps: training steps; 0 means 200 for best (and for each layer of tune), 2,000 for recover.
+        steps: training steps; 0 means 200 for each layer of tune, 320 for best, 4,000 for recover.
         batch: windows in a training step.
         window: tokens a training window holds.
         learning_rate: how far a weight may move in a training step, in codes.
@@ -77,9 +77,9 @@ class QuantizeOptions:
     seed: int = 0
     damping: float = 0.01
     steps: int = 0
-    batch: int = 16
+    batch: int = 8
     window: int = 128
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
 
     def __post_init__(self) -> None:
         wrong = {

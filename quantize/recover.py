@@ -25,7 +25,7 @@ from quantize.grid import QuantizedTensor
 from quantize.journal import Journal
 from quantize.options import QuantizeOptions
 from quantize.student import Student
-from quantize.trainable import BETAS, TrainableLinear, trainable_groups
+from quantize.trainable import BETAS, TrainableLinear, harden, trainable_groups
 from quantize.whole import whole_model
 
 LOGITS_AT_ONCE = 1 << 26
@@ -89,6 +89,7 @@ def recover(
     first_norms = {name: p.detach().cpu().clone() for name, p in norms.items()}
     before = mean_kl(teacher, model, judging)
     _train(teacher, model, training, steps, options, journal)
+    harden(model, 1.0)
     after = mean_kl(teacher, model, judging)
     if after >= before:
         warn(
@@ -107,7 +108,7 @@ def _train(
 
     Goes on from the journal's state where there is one, to the same bits as without the interruption.
     """
-    optimizer = torch.optim.Adam(trainable_groups(model, options.learning_rate, norms=True), betas=BETAS)
+    optimizer = torch.optim.Adam(trainable_groups(model, options.learning_rate, norms=True), betas=BETAS, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     first, smooth = _restore(model, optimizer, journal)
     batches, kept = _batches(windows, options), time.monotonic()
@@ -120,6 +121,7 @@ def _train(
             shape = min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * shape
+            harden(model, step / steps)
             optimizer.zero_grad()
             loss = _accumulate(teacher, model, batch)
             optimizer.step()

@@ -5,6 +5,9 @@ rounding as the identity (straight-through, 1308.3432). Counting in codes makes 
 every model: it says how many codes a weight may move a step. A scale trains as its logarithm and goes through
 bfloat16 in every forward pass, so what is trained is what the phone computes.
 
+A forward pass may round only partly: codes + (1 - hardness) x (u - codes). Training that begins soft and hardens
+decides each rounding while its neighbours can still give way.
+
 Legend: N output channels, K input channels, G groups, g group size.
 """
 
@@ -23,28 +26,36 @@ its code for the first tens of steps and then all do at once: KL 0.0305 against 
 """
 
 
+HARD_AT = 0.7
+"""Share of the training after which rounding is whole. From the start (0): KL 0.0247 after 2,000 steps on stories260K,
+against 0.0228."""
+
 BETAS = (0.9, 0.99)
 """Adam's: the second moment forgets faster than usual, since runs are of hundreds of steps, not of thousands."""
 
 
 class _OnGrid(torch.autograd.Function):
-    """(u, scale) to the weight round(u) x bf16(scale), with straight-through gradients."""
+    """(u, scale) to the weight round(u) x bf16(scale), or partly rounded, with straight-through gradients."""
 
     @staticmethod
-    def forward(ctx: Any, u_NGg: torch.Tensor, scale_NG: torch.Tensor, low: Any, high: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, u_NGg: torch.Tensor, scale_NG: torch.Tensor, low: Any, high: Any, hardness: float
+    ) -> torch.Tensor:
         exact_NG1 = bf16_exact(scale_NG)[..., None]
         codes_NGg = u_NGg.round().clamp_(low, high)
+        if hardness < 1:
+            codes_NGg.lerp_(u_NGg.clamp(low - 0.5, high + 0.5), 1 - hardness)
         ctx.save_for_backward(u_NGg, codes_NGg, exact_NG1)
         ctx.limits = (low - 0.5, high + 0.5)
         return codes_NGg * exact_NG1
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         u_NGg, codes_NGg, exact_NG1 = ctx.saved_tensors
         low, high = ctx.limits
         (grad_NGg,) = grads
         inside_NGg = (u_NGg >= low) & (u_NGg <= high)
-        return grad_NGg * exact_NG1 * inside_NGg, (grad_NGg * codes_NGg).sum(-1), None, None
+        return grad_NGg * exact_NG1 * inside_NGg, (grad_NGg * codes_NGg).sum(-1), None, None, None
 
 
 class TrainableLinear(torch.nn.Module):
@@ -53,8 +64,10 @@ class TrainableLinear(torch.nn.Module):
     Attributes:
         u_NGg: the weight counted in codes (less the zero point, which stays as it is).
         log_scale_NG: natural logarithm of each scale.
+        hardness: 1 rounds, 0 does not, between is between.
     """
 
+    hardness = 1.0
     zero_NG: torch.Tensor | None
 
     def __init__(self, start: QuantizedTensor, weight_NK: torch.Tensor) -> None:
@@ -71,7 +84,8 @@ class TrainableLinear(torch.nn.Module):
         self.log_scale_NG = torch.nn.Parameter(start.scale_NG.log())
 
     def forward(self, x_K: torch.Tensor) -> torch.Tensor:
-        weight_NGg: torch.Tensor = _OnGrid.apply(self.u_NGg, self.log_scale_NG.exp(), *self._limits())  # type: ignore[no-untyped-call]
+        arguments = (self.u_NGg, self.log_scale_NG.exp(), *self._limits(), self.hardness)
+        weight_NGg: torch.Tensor = _OnGrid.apply(*arguments)  # type: ignore[no-untyped-call]
         return F.linear(x_K, weight_NGg.flatten(1))
 
     def _limits(self) -> tuple[Any, Any]:
@@ -108,3 +122,10 @@ def trainable_groups(model: torch.nn.Module, learning_rate: float, norms: bool) 
         chosen = [p.requires_grad_() for name, p in model.named_parameters() if name.endswith(ending)]
         groups.append({"params": chosen, "lr": rate})
     return groups
+
+
+def harden(model: torch.nn.Module, progress: float) -> None:
+    """Set every linear's hardness to what it should be at some progress (0 to 1) of the training."""
+    for module in model.modules():
+        if isinstance(module, TrainableLinear):
+            module.hardness = min(1.0, progress / HARD_AT)

@@ -21,7 +21,7 @@ import torch
 from quantize.grid import QuantizedTensor
 from quantize.layers import Hidden, run_layer
 from quantize.options import STEPS, QuantizeOptions
-from quantize.trainable import BETAS, TrainableLinear, trainable_groups
+from quantize.trainable import BETAS, TrainableLinear, harden, trainable_groups
 
 BATCH_TOKENS = 2048
 """Positions of a training step; AutoRound takes eight windows of 2,048, we take more steps of fewer."""
@@ -68,7 +68,7 @@ def tune_layer(
         setattr(owner, leaf, TrainableLinear(quantized, weight_NK.cpu()).to(weight_NK.device))
     device = next(model.parameters()).device
     before = relative_error(model, inputs, wanted_STD, device)
-    optimizer = torch.optim.Adam(trainable_groups(model, learning_rate, norms=False), betas=BETAS)
+    optimizer = torch.optim.Adam(trainable_groups(model, learning_rate, norms=False), betas=BETAS, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     windows, positions, _ = inputs.x_STD.shape
     per_batch = min(windows, max(1, BATCH_TOKENS // positions))
@@ -82,11 +82,13 @@ def tune_layer(
         real_bT = torch.arange(positions)[None] < length_S[chosen_b, None]
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+        harden(model, step / steps)
         optimizer.zero_grad()
         out_bTD = run_layer(model, inputs.x_STD[chosen_b].to(device))
         loss = (out_bTD - wanted_STD[chosen_b].to(device))[real_bT.to(device)].square().mean()
         torch.autograd.backward(loss)
         optimizer.step()
+    harden(model, 1.0)
     after = relative_error(model, inputs, wanted_STD, device)
     if not after < before:
         return Tuned(start, before, before)
