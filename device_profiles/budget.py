@@ -187,7 +187,7 @@ def _advice(verdict: Verdict, longest: int | None) -> tuple[str, ...]:
         advice.append(f"use --context {longest}, the longest that fits")
     if facts.float_head_bytes:
         saved = decimal_bytes(facts.float_head_bytes * 7 / 8)
-        advice.append(f"quantize with --embedding 4: the float head alone takes {saved} more")
+        advice.append(f"quantize with --embedding int4: the float head alone takes {saved} more")
     shares = [_fitting_share(limit, verdict.footprint) for limit in verdict.limits if limit.fits is False]
     share = min(shares)
     if share > 0:

@@ -81,7 +81,7 @@ def test_where_no_context_fits_a_smaller_student_is_named() -> None:
 def test_a_float_head_is_pointed_at() -> None:
     facts = _facts(embedding="float")
     verdict = judge(facts, _phone(app_dirty_memory=predict(facts).dirty - 1), 1024)
-    assert any("--embedding 4" in advice for advice in verdict.advice)
+    assert any("--embedding int4" in advice for advice in verdict.advice)
 
 
 def test_the_entitlement_is_used_and_said() -> None:
