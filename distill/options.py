@@ -45,6 +45,9 @@ class DistillOptions:
         on_policy: share of sequences that the student continues itself, scored by the teacher; 0 trains on text only.
         prompt: tokens of text that such a continuation starts from.
         layers: "damage" drops layers by what their absence measurably does, "influence" by block influence (faster).
+        rounds: cut and train in so many rounds; "auto" makes one where half or more of the parameters stay, and else
+            rounds that each leave at least half.
+        heal: share of the steps that the rounds before the last get together.
         refit: fit the linears whose inputs were cut to the teacher's by least squares.
         start: "pruned" cuts the teacher's weights, "random" begins anew.
         dtype: of the matrix products in both models; weights and optimizer stay float32.
@@ -82,6 +85,8 @@ class DistillOptions:
     on_policy: float = 0.0
     prompt: int = 32
     layers: Literal["damage", "influence"] = "damage"
+    rounds: Literal["auto"] | int = "auto"
+    heal: float = 0.3
     refit: bool = True
     start: Literal["pruned", "random"] = "pruned"
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -106,7 +111,8 @@ class DistillOptions:
             ("clip", 1e-6, math.inf), ("temperature", 1e-2, 100), ("kd", 0, 1), ("beta", 0, 1),
             ("match", 0, 1e6), ("on_policy", 0, 1), ("prompt", 1, math.inf), ("seed", 0, 2**63),
             ("held_out", 1e-4, 0.9), ("eval_tokens", 64, math.inf), ("eval_every", 0, math.inf),
-            ("calibration_tokens", 64, math.inf), ("save_every", 0, math.inf),
+            ("calibration_tokens", 64, math.inf), ("save_every", 0, math.inf), ("heal", 0, 0.95),
+            *((("rounds", 1, 16),) if self.rounds != "auto" else ()),
         ))  # fmt: skip
         if self.beta == 1 or (self.beta and self.divergence not in DEFAULT_BETA):
             raise RequestError(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from distill.cache import Cache, check_cache
 from distill.data import Rows
 from distill.options import DistillOptions
+from distill.rounds import Round, plan_rounds
 from distill.state import StateFolder, checkpoint_folder
 from distill.text import load_text
 from distill.vocabulary import vocabulary_hash
@@ -48,6 +49,7 @@ class Job:
         cache: the teacher's answers on disk, where the student is trained from them.
         given: the student's folder, where it has weights already.
         vocab: ids that are compared, where the embeddings of teacher and student differ in size.
+        rounds: the cuts and what each is trained for; one where the student is not cut.
     """
 
     teacher: Path
@@ -63,6 +65,12 @@ class Job:
     cache: Cache | None = None
     given: Path | None = None
     vocab: int | None = None
+    rounds: tuple[Round, ...] = ()
+
+    @property
+    def largest(self) -> int:
+        """Parameters of the largest model that is trained on the way."""
+        return max([self.shape.num_parameters, *(each.shape.num_parameters for each in self.rounds)])
 
 
 def check_request(data: Sequence[str | Path], outs: Sequence[Path], *, force: bool, resume: bool | None) -> None:
@@ -126,8 +134,11 @@ def prepare(
 
     check_float_folder(teacher)
     tokenizer = load_tokenizer(teacher, shape.vocab_size)
-    for target in targets:
+    plans = [_rounds(shape, target, options) for target in targets]
+    for target, plan in zip(targets, plans, strict=True):
         say(f"student: {describe(target.shape)}")
+        for number, each in enumerate(plan[:-1], 1):
+            say(f"round {number} of {len(plan)}: {describe(each.shape)}, {each.steps} steps")
     common = [common_ids(target, shape, tokenizer) for target in targets]
     text = load_text(sources, tokenizer, options)
     rows, held_out = text.rows, text.held_out
@@ -145,10 +156,16 @@ def prepare(
     return [
         Job(
             teacher, target.config, shape, target.shape, rows, held_out, sources, options,
-            {**shared, **_own_identity(target)}, endings, cache, target.folder, ids,
+            {**shared, **_own_identity(target)}, endings, cache, target.folder, ids, plan,
         )
-        for target, ids in zip(targets, common, strict=True)
+        for target, ids, plan in zip(targets, common, plans, strict=True)
     ]  # fmt: skip
+
+
+def _rounds(teacher: ModelShape, target: Wanted, options: DistillOptions) -> tuple[Round, ...]:
+    if target.folder is not None or options.start != "pruned":
+        return (Round(target.shape, 0, options.steps),)
+    return plan_rounds(teacher, target.shape, options)
 
 
 def open_cache(folder: Path, options: DistillOptions) -> Cache:

@@ -72,7 +72,7 @@ def run_distill_many(
     assignments = []
     for (_student, out), job, state in zip(students, jobs, states, strict=True):
         assignments.append(Assignment(job, state, out, _may_resume(state, job, resume)))
-        floats = 4 * job.shape.num_parameters
+        floats = 4 * job.largest
         require_space(out, floats * (7 if options.steps else 1))  # two states of three floats, and the student
     try:
         return work(assignments, force)

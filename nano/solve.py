@@ -141,6 +141,50 @@ def solve_student(teacher: ModelShape, size: str | SizeTarget) -> ModelShape:
     return _shaped(teacher, nearest)
 
 
+def solve_between(teacher: ModelShape, student: ModelShape, parameters: int) -> ModelShape | None:
+    """A shape on the way from a teacher to a student of it: what the student may be cut from, cut from the teacher.
+
+    Of the layouts that no dimension of the student exceeds the gentlest whose count is right is taken, as
+    `solve_student` does; where none is right, the nearest that lies between both.
+
+    Args:
+        teacher, student: the ends; the student has no more layers of a kind, heads or width than the teacher.
+        parameters: how many the shape should have.
+
+    Returns:
+        the shape, or None where the grid has nothing between the two.
+    """
+    toy = parameters < TOY_LIMIT
+    target = SizeTarget("", parameters, TOY_TOLERANCE if toy else TOLERANCE, 32 if toy else 128)
+    least = (student.num_layers, student.hidden_size, student.intermediate_size, student.num_kv_heads)
+    between = (student.num_parameters, teacher.num_parameters)
+    weight = DEVIATION_WEIGHT / target.tolerance**2
+    ranked = []
+    for layout in _layouts(teacher, target, student.intermediate_size):
+        sizes = (layout.layers, layout.hidden, layout.ffn, layout.kv_heads)
+        off = abs(layout.parameters - parameters) / parameters
+        if all(a >= b for a, b in zip(sizes, least, strict=True)) and between[0] < layout.parameters < between[1]:
+            right = off <= target.tolerance
+            rank = layout.cost + weight * off**2 if right else off
+            ranked.append((not right, rank, *sizes, layout))
+    for *_rank, layout in sorted(ranked, key=lambda entry: entry[:-1]):
+        shape = _shaped(teacher, layout)
+        if can_be_cut(shape, student):
+            return shape
+    return None
+
+
+def can_be_cut(teacher: ModelShape, student: ModelShape) -> bool:
+    """Whether a student's parts can all be taken from a teacher's: no width, head, or layer of a kind is missing."""
+    widths = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
+    merged = math.ceil((student.num_heads // student.num_kv_heads) / (teacher.num_heads // teacher.num_kv_heads))
+    return (
+        all(getattr(student, name) <= getattr(teacher, name) for name in widths)
+        and all(student.layer_types.count(kind) <= teacher.layer_types.count(kind) for kind in (FULL, SLIDING))
+        and merged * student.num_kv_heads <= teacher.num_kv_heads
+    )
+
+
 def canonical_shape(size: str) -> ModelShape:
     """The shape to train from scratch, without a teacher: Gemma 3's architecture as Gemini Nano is described.
 
@@ -192,8 +236,8 @@ def _canonical(hidden: int, ffn: int, layers: int) -> ModelShape:
     )
 
 
-def _layouts(teacher: ModelShape, target: SizeTarget) -> Iterator[_Layout]:
-    """Every sensible (L, D, G) of the grid with the one or two F whose count lies nearest the target."""
+def _layouts(teacher: ModelShape, target: SizeTarget, least_ffn: int = 0) -> Iterator[_Layout]:
+    """Every sensible (L, D, G) of the grid with the one or two F, of those allowed, whose count lies nearest."""
     step = target.step
     for hidden, kv_heads in _widths(teacher, step):
         embeddings, widest = _embeddings(teacher, hidden), _widest_ffn(teacher, hidden)
@@ -204,7 +248,7 @@ def _layouts(teacher: ModelShape, target: SizeTarget) -> Iterator[_Layout]:
             if fixed > target.parameters:
                 break
             wanted = (target.parameters - fixed) / (per_ffn * step)
-            for ffn in {math.floor(wanted) * step, math.ceil(wanted) * step}:
+            for ffn in {max(least_ffn, units * step) for units in (math.floor(wanted), math.ceil(wanted))}:
                 count = fixed + per_ffn * ffn
                 if not 0 < ffn <= widest or embeddings > MAX_EMBEDDING * count:
                     continue
