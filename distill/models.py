@@ -91,6 +91,14 @@ def new_model(config: Mapping[str, Any], seed: int = 0) -> Any:
         ).eval()  # no dropout, whatever the config says
 
 
+def blank_model(config: Any, dtype: torch.dtype) -> Any:
+    """A model of transformers' config object that has no memory yet (on torch's "meta" device)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
 def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put every named tensor into a model; a tied head follows its embedding."""
     missing, unexpected = model.load_state_dict(dict(tensors), strict=False)

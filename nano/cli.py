@@ -12,8 +12,9 @@ import traceback
 
 from cyclopts import App
 
-from nano.errors import NanokitError, NoSpaceError
+from nano.errors import NanokitError, NoSpaceError, PeerLostError
 from nano.folder import is_no_space
+from nano.progress import speaks
 from nano.version import __version__
 
 COMMANDS = {
@@ -58,9 +59,11 @@ def run(argv: list[str] | None = None) -> int:
     try:
         result = app(words, exit_on_error=False, print_error=True)
     except NanokitError as error:
-        return _report(str(error), error.exit_status)
+        if speaks() or isinstance(error, PeerLostError):
+            _report(str(error), error.exit_status)
+        return error.exit_status
     except KeyboardInterrupt:
-        return _report("Interrupted; nothing half-written was left.", 130)
+        return _report("Interrupted; nothing half-written was left.", 130) if speaks() else 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
@@ -72,7 +75,8 @@ def run(argv: list[str] | None = None) -> int:
 
 
 def _report(message: str, status: int) -> int:
-    print(f"nanokit: {message}", file=sys.stderr)
+    who = "nanokit" if speaks() else f"nanokit (rank {os.environ['RANK']})"
+    print(f"{who}: {message}", file=sys.stderr)
     return status
 
 

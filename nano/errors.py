@@ -8,7 +8,8 @@
     │   ├── OutputExistsError    the output is already there and --force was not given
     │   └── MissingExtraError    an optional dependency is not installed
     └── WorkError                exit status 3
-        └── NoSpaceError         the disk is full
+        ├── NoSpaceError         the disk is full
+        └── PeerLostError        another process of a run on several devices is gone
 
 Code raises these and nothing else for what a user can cause. `nano.cli.main` prints them and exits with
 their status; a library caller catches `NanokitError`.
@@ -87,6 +88,10 @@ class WorkError(NanokitError):
 
 class NoSpaceError(WorkError):
     """The disk is full, or too small for what is about to be written."""
+
+
+class PeerLostError(WorkError):
+    """Another process of the run is gone; raised where this process has to say so for the first one."""
 
 
 def require_module(module: str, extra: str) -> ModuleType:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 LOG_EVERY_SECONDS = 10.0
 
 
+def speaks() -> bool:
+    """Whether this process has anything to say: of several that torchrun started, the first alone."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
 def console() -> Console:
     """The console that people read: stderr, as wide as the terminal, 80 columns in a log."""
     from rich.console import Console
@@ -29,16 +35,20 @@ def console() -> Console:
 
 def say(message: str) -> None:
     """One line for people."""
-    console().print(message, markup=False, soft_wrap=True)
+    if speaks():
+        console().print(message, markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """One line of warning for people; it names the knob to turn."""
-    console().print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+    if speaks():
+        console().print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
 
 def show(renderable: RenderableType, *, json_mode: bool = False) -> None:
     """A table for people: on stdout, or on stderr where stdout carries JSON."""
+    if not speaks():
+        return
     from rich.console import Console
 
     out = sys.stderr if json_mode else sys.stdout
@@ -47,7 +57,8 @@ def show(renderable: RenderableType, *, json_mode: bool = False) -> None:
 
 def emit_json(data: Mapping[str, Any]) -> None:
     """The one JSON object of `--json`, on stdout."""
-    print(json.dumps(data, indent=2, default=str), flush=True)
+    if speaks():
+        print(json.dumps(data, indent=2, default=str), flush=True)
 
 
 class Track:
@@ -90,7 +101,7 @@ def track(title: str, total: int, unit: str) -> Iterator[Track]:
         total: how many units there are.
         unit: what a unit is, for instance "layers".
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not speaks():
         yield Track(title, total, unit, None, None)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
