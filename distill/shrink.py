@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -65,16 +64,6 @@ class Cut:
     shape: ModelShape
     hidden: tuple[int, ...]
     layers: tuple[LayerCut, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the manifest: which layers and groups stayed, and how many of the rest."""
-        return {
-            "layers": [layer.source for layer in self.layers],
-            "kv_heads": [[list(group) for group in layer.kv_groups] for layer in self.layers],
-            "query_heads": [list(layer.query_heads) for layer in self.layers],
-            "hidden_channels": list(self.hidden),
-            "ffn_neurons_per_layer": self.shape.intermediate_size,
-        }
 
 
 def choose(teacher: ModelShape, student: ModelShape, dropped: Sequence[int], importance: Importance) -> Cut:

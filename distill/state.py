@@ -150,12 +150,20 @@ class StateFolder:
             todo=kept if self.exists() else "free some space, or choose another --out",
         )
 
-    def restore(self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        """Put the saved weights and moments back, bit for bit."""
+    def restore(
+        self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, began: int = 0
+    ) -> None:
+        """Put the saved weights and moments back, bit for bit.
+
+        Args:
+            parameters: everything that is trained, by name.
+            optimizer: of them, new.
+            began: steps that were done when the optimizer that was saved took its first.
+        """
         import torch
         from safetensors.torch import load_file
 
-        step = self.header().step
+        step = self.header().step - began
         saved = load_file(self.folder / STATE)
         moments = sorted({name.split(".", 1)[0] for name in saved} - {"weight"})
         torchs_own = isinstance(optimizer, torch.optim.AdamW)  # bitsandbytes counts its steps in an int

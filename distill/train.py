@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,9 @@ from nano.shapes import ModelShape
 SAVE_SECONDS = 120.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pupil:
-    """A student in training.
+    """A student in training; its model is another one from each round of cutting to the next.
 
     Attributes:
         model: its transformers model, float32.
@@ -51,17 +51,30 @@ class Pupil:
         vocab: ids that are compared with the teacher's; None means all.
         resume: go on from the state.
         name: of its output's folder.
+        span: steps done when its round of cutting begins and ends; None where it is cut once.
+        next_round: measures the model and cuts it for the round that follows.
     """
 
     model: Any
     shape: ModelShape
     state: StateFolder
     facts: dict[str, Any]
-    measure: Callable[[], Mapping[str, Any]]
+    measure: Callable[[Pupil], Mapping[str, Any]]
     matcher: Matcher | None = None
     vocab: int | None = None
     resume: bool = False
     name: str = "student"
+    span: tuple[int, int] | None = None
+    next_round: Callable[[Pupil], None] | None = None
+
+    def rate(self, options: DistillOptions, step: int) -> float:
+        """The learning rate of a step; each round rises and falls on its own."""
+        first, last = self.span or (0, options.steps)
+        return learning_rate(replace(options, steps=last - first), self.shape.hidden_size, step - first)
+
+    def ends_round(self, step: int) -> bool:
+        """Whether so many steps end a round that another one follows."""
+        return self.span is not None and self.next_round is not None and step == self.span[1]
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -134,7 +147,7 @@ def _seat(pupil: Pupil, run: Training) -> Seat:
     optimizer, step = make_optimizer(list(pupil.parameters.values()), run.options), 0
     if pupil.resume:
         saved = pupil.state.header()
-        pupil.state.restore(pupil.parameters, optimizer)
+        pupil.state.restore(pupil.parameters, optimizer, pupil.span[0] if pupil.span else 0)
         pupil.state.cut_metrics(int(saved.facts["metrics_bytes"]))
         step = saved.step
     prepare_model(pupil.model, run.options)
@@ -148,11 +161,14 @@ def _steps(
 ) -> None:
     options = run.options
     last_saved = time.monotonic()
-    flops = sum(training_flops(pupil.shape, options.length) for pupil in run.pupils)
-    speed = Speed(flops, peak_flops(run.device, options.dtype))
+    speed = _speed(run)
     for step in range(start, options.steps):
-        clock = time.perf_counter()
         active = [seat for seat in seats if seat.step == step]
+        ending = [seat for seat in active if seat.pupil.ends_round(step)]
+        for seat in ending:
+            _enter_round(run, seat)
+        speed = _speed(run) if ending else speed
+        clock = time.perf_counter()
         one_step(run, active, step)
         spent = time.perf_counter() - clock
         for seat in active:
@@ -163,13 +179,28 @@ def _steps(
         advance(1, f"loss {', '.join(f'{seat.loss:.3f}' for seat in active)}, {speed.add(active[0].positions)}")
         last = step + 1 == options.steps
         due = (step + 1) % options.save_every == 0 if options.save_every else time.monotonic() - last_saved > SAVE_SECONDS  # noqa: E501  # fmt: skip
-        if last or due or stop.requested:
+        if last or due or stop.requested or any(seat.pupil.ends_round(step + 1) for seat in active):
             _save(active)
             last_saved = time.monotonic()
         if stop.requested and not last:
             say(f"stopped after step {step + 1}; its state is kept in {seats[0].pupil.state.folder}: "
                 f"the same command with --resume goes on")  # fmt: skip
             raise KeyboardInterrupt
+
+
+def _speed(run: Training) -> Speed:
+    flops = sum(training_flops(pupil.shape, run.options.length) for pupil in run.pupils)
+    return Speed(flops, peak_flops(run.device, run.options.dtype))
+
+
+def _enter_round(run: Training, seat: Seat) -> None:
+    """Cut the student again. Its state was kept before: a run that is killed in here cuts it once more, the same."""
+    pupil = seat.pupil
+    assert pupil.next_round is not None
+    seat.optimizer.state.clear()  # its moments would lie beside both models
+    pupil.next_round(pupil)
+    seat.optimizer = make_optimizer(list(pupil.parameters.values()), run.options)
+    prepare_model(pupil.model, run.options)
 
 
 def one_step(run: Training, seats: list[Seat], step: int) -> None:
@@ -196,7 +227,7 @@ def one_step(run: Training, seats: list[Seat], step: int) -> None:
         _not_finite(run, seats)
     for seat in seats:
         for group in seat.optimizer.param_groups:
-            group["lr"] = learning_rate(options, seat.pupil.shape.hidden_size, step)
+            group["lr"] = seat.pupil.rate(options, step)
         seat.optimizer.step()
         seat.optimizer.zero_grad(set_to_none=True)
         seat.step += 1
@@ -266,15 +297,17 @@ def _note(run: Training, seat: Seat) -> None:
         "kl": seat.kl / seat.positions,
         "ce": seat.ce / seat.targets,
         "gradient_norm": seat.norm,
-        "learning_rate": learning_rate(options, pupil.shape.hidden_size, seat.step - 1),
+        "learning_rate": pupil.rate(options, seat.step - 1),
     }
+    if pupil.span:
+        record["parameters"] = pupil.shape.num_parameters
     if pupil.matcher:
         record["match"] = seat.match / seat.positions
     if seat.own:
         record["own_tokens"] = sum(batch.target_N.numel() for batch in seat.own)
     if options.eval_every and seat.step % options.eval_every == 0 and seat.step < options.steps:
-        record["held_out"] = dict(pupil.measure())
-        if options.keep == "best":
+        record["held_out"] = dict(pupil.measure(pupil))
+        if options.keep == "best" and pupil.next_round is None:
             _keep_best(seat, objective(record["held_out"], options))
     pupil.state.note(record)
     seat.events.add(record)

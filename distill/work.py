@@ -7,27 +7,23 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from distill.caching import CachedTeacher
 from distill.curves import CURVES, draw_curves
-from distill.data import Batch, batches, make_batch
-from distill.depth import layers_to_drop
-from distill.importance import measure as measure_importance
+from distill.cutting import COUNTED, Made, Source, calibration_text, cut_model
+from distill.data import Batch, batches
 from distill.losses import Comparison
 from distill.match import Matcher, spread
 from distill.models import load_weights, new_model
 from distill.optimizer import check_means
 from distill.options import BEFORE
-from distill.refit import Refit
 from distill.request import Job
-from distill.shrink import choose, cut_tensors, least_influence, select
 from distill.state import METRICS, StateFolder
 from distill.teacher import LiveTeacher, open_teacher
 from distill.train import Pupil, Training, objective, train
@@ -41,8 +37,8 @@ from nano.shapes import ModelShape
 from nano.tokens import copy_tokenizer
 
 EVAL_BATCH = 16
-RANKING_BATCHES = 2
-"""Of EVAL_BATCH sequences: enough to rank layers, which differ by tenths of a nat."""
+CUT = "cut.json"
+"""What a student kept of its teacher, part by part."""
 
 
 @dataclass(frozen=True)
@@ -96,21 +92,54 @@ def _pupil(assignment: Assignment, teacher: LiveTeacher, held_out: list[Batch], 
     else:
         assignment.state.start()
         model, facts = begin(job, teacher, held_out, device)
-    shape = ModelShape.from_hf(facts["config"])
-    matcher = _matcher(job, shape, facts["cut"], device) if job.options.match else None
+    pupil = Pupil(
+        model, ModelShape.from_hf(facts["config"]), assignment.state, facts,
+        lambda pupil: _figures(teacher.compare(pupil.model, pupil.shape, held_out, job.vocab)),
+        vocab=job.vocab, resume=assignment.resuming, name=assignment.out.name,
+    )  # fmt: skip
 
-    def measure() -> dict[str, float]:
-        return _figures(teacher.compare(model, shape, held_out, job.vocab))
+    def next_round(pupil: Pupil) -> None:
+        _cut_again(pupil, job, device)
+        _seat_in_round(pupil, job, next_round, device)
 
-    name = assignment.out.name
-    return Pupil(model, shape, assignment.state, facts, measure, matcher, job.vocab, assignment.resuming, name)
+    _seat_in_round(pupil, job, next_round, device)
+    return pupil
+
+
+def _seat_in_round(pupil: Pupil, job: Job, next_round: Callable[[Pupil], None], device: str) -> None:
+    """What follows from the round that a student is in."""
+    if job.options.match:
+        pupil.matcher = _matcher(job, pupil.shape, pupil.facts["kept"], device)
+    if len(job.rounds) > 1:
+        number = len(pupil.facts["rounds"])
+        pupil.span = (job.rounds[number - 1].first, job.rounds[number - 1].last)
+        pupil.next_round = next_round if number < len(job.rounds) else None
+
+
+def _cut_again(pupil: Pupil, job: Job, device: str) -> None:
+    """Cut a healed student to the shape of the round that follows, in place."""
+    facts, healed = pupil.facts, dict(pupil.measure(pupil))
+    number = len(facts["rounds"])
+    _say_figures(f"healed after round {number} of {len(job.rounds)}", healed)
+    weights = pupil.model.state_dict()
+    model = new_model(facts["config"])  # without hooks, compiled layers and recomputation
+    load_weights(model, {name: weights[name].cpu() for name in weight_shapes(pupil.shape)})
+    source = Source(model.to(device), pupil.shape, lambda name: weights[name].cpu(), facts["kept"])
+    made = cut_model(source, job.rounds[number].shape, job.config, calibration_text(job, device), job.options)
+    before = facts["rounds"][-1]
+    before["held_out"] = {**before["held_out"], "healed": healed}
+    pupil.model, pupil.shape = made.model.to(device), made.shape
+    facts.update(config=made.shape.to_hf(job.config), kept=made.kept)
+    found = dict(pupil.measure(pupil))
+    facts["rounds"].append({**made.record, "steps": job.rounds[number].steps, "held_out": {"before": healed, "cut": found}})  # noqa: E501  # fmt: skip
+    _say_figures(f"after the cut of round {number + 1}", found)
 
 
 def _choose(pupil: Pupil, job: Job) -> None:
     """Take the best weights where they are wanted and better than the last; `facts` says of which step they are."""
     if job.options.keep == "last" or "best" not in pupil.facts:
         return
-    if pupil.facts["best"]["objective"] < objective(pupil.measure(), job.options):
+    if pupil.facts["best"]["objective"] < objective(pupil.measure(pupil), job.options):
         pupil.state.restore_best(pupil.model)
         pupil.facts["kept_step"] = pupil.facts["best"]["step"]
         say(f"kept: the weights after step {pupil.facts['kept_step']}, the best on held-out text")
@@ -126,54 +155,34 @@ def _matcher(job: Job, shape: ModelShape, cut: Mapping[str, Any] | None, device:
 
 def begin(job: Job, teacher: LiveTeacher, held_out: list[Batch], device: str) -> tuple[Any, dict[str, Any]]:
     """The student before training, and what is known of it: config, figures, what was cut."""
-    facts: dict[str, Any] = {"identity": job.identity, "seconds": 0.0, "tokens": 0}
+    facts: dict[str, Any] = {"identity": job.identity, "seconds": 0.0, "tokens": 0, "kept": None, "rounds": []}
     if job.given is not None:
-        config, shape = dict(job.config), job.shape
-        model = new_model(config)
+        facts["config"], shape = dict(job.config), job.shape
+        model = new_model(facts["config"])
         with Checkpoint(job.given) as checkpoint:
             load_weights(model, {name: checkpoint.tensor(name) for name in weight_shapes(shape)})
-        model = model.to(device)
-        facts.update(config=config, cut=None)
     elif job.options.start == "random":
-        config = job.shape.to_hf(job.config)
-        model = new_model(config, job.options.seed).to(device)
-        facts.update(config=config, cut=None)
-        shape = job.shape
+        facts["config"], shape = job.shape.to_hf(job.config), job.shape
+        model = new_model(facts["config"], job.options.seed)
     else:
-        model, shape, cut = _pruned(job, teacher, _calibration(job, device))
-        model, config = model.to(device), shape.to_hf(job.config)
-        facts.update(config=config, cut=cut)
+        made = _first_cut(job, teacher, device)
+        model, shape = made.model, made.shape
+        facts.update(config=shape.to_hf(job.config), kept=made.kept, rounds=[made.record])
+    model = model.to(device)
     before = teacher.compare(model, shape, held_out, job.vocab)
     facts["held_out"] = {"tokens": before.tokens, "teacher": _entropy(before.teacher_ce, before), "start": _figures(before)}  # noqa: E501  # fmt: skip
+    for record in facts["rounds"]:
+        record["steps"] = job.rounds[0].steps
+        record["held_out"] = {"before": facts["held_out"]["teacher"], "cut": facts["held_out"]["start"]}
     say(f"teacher: cross-entropy {before.teacher_ce / before.tokens:.4f} on {before.tokens:,} held-out tokens")
     _say_figures(BEFORE[_start(job)], facts["held_out"]["start"])
     return model, facts
 
 
-def _pruned(job: Job, teacher: LiveTeacher, calibration: list[Batch]) -> tuple[Any, ModelShape, dict[str, Any]]:
-    """The student cut from the teacher's weights, its shape, and what was cut: depth first, then widths."""
-    shape, model = teacher.shape, teacher.model
-    damage: list[tuple[int, float]] = []
-    if job.options.layers == "damage":
-        damage = layers_to_drop(model, shape, job.shape, calibration[:RANKING_BATCHES])
-        dropped = [layer for layer, _kl in damage]
-    else:
-        dropped = least_influence(shape, job.shape, measure_importance(model, shape, calibration[:RANKING_BATCHES]))
-    importance = measure_importance(model, shape, calibration, dropped)
-    cut = choose(shape, job.shape, dropped, importance)
-    narrow = Refit(model, shape, calibration, dropped) if job.options.refit else select
-    student = new_model(cut.shape.to_hf(job.config))
+def _first_cut(job: Job, teacher: LiveTeacher, device: str) -> Made:
     with Checkpoint(job.teacher) as checkpoint:
-        load_weights(student, dict(cut_tensors(shape, cut, importance, checkpoint.tensor, narrow)))
-    lost = [{"layer": layer, "kl_without": kl} for layer, kl in damage]
-    return student, cut.shape, {**cut.as_dict(), "dropped_layers": sorted(dropped), "damage": lost}
-
-
-def _calibration(job: Job, device: str) -> list[Batch]:
-    """The first rows that training would see."""
-    count = min(len(job.rows), max(1, math.ceil(job.options.calibration_tokens / job.options.length)))
-    order = np.sort(job.rows.order(count, 0, job.options.seed))
-    return [make_batch(job.rows, order[at : at + EVAL_BATCH], device) for at in range(0, count, EVAL_BATCH)]
+        source = Source(teacher.model, teacher.shape, checkpoint.tensor)
+        return cut_model(source, job.rounds[0].shape, job.config, calibration_text(job, device), job.options)
 
 
 def _entropy(total: float, over: Comparison) -> dict[str, float]:
@@ -221,6 +230,8 @@ def _write(folder: Path, assignment: Assignment, pupil: Pupil, trained: Comparis
     if not (folder / "generation_config.json").is_file():
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         _write_json(folder / "generation_config.json", {key: config[key] for key in ids if config.get(key) is not None})
+    if facts["kept"]:
+        (folder / CUT).write_text(json.dumps(facts["kept"], separators=(",", ":")) + "\n", encoding="utf-8")
     if state.metrics_bytes():
         (folder / METRICS).write_bytes((state.folder / METRICS).read_bytes())
         if job.options.curves and not draw_curves(folder / METRICS, folder / CURVES):
@@ -254,13 +265,14 @@ def _cache_entry(job: Job) -> dict[str, Any]:
 
 def _results(job: Job, shape: ModelShape, facts: Mapping[str, Any], trained: Comparison) -> dict[str, Any]:
     seconds, tokens = float(facts["seconds"]), int(facts["tokens"])
+    held_out = {**facts["held_out"], "trained": _figures(trained)}
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "start": _start(job),
         "parameters": shape.num_parameters,
         "teacher_parameters": job.teacher_shape.num_parameters,
-        "held_out": {**facts["held_out"], "trained": _figures(trained)},
-        "cut": facts["cut"],
+        "held_out": held_out,
+        **_cuts(job, facts, held_out["trained"]),
         "learning_rate": job.options.peak_rate(shape.hidden_size),
         "steps": job.options.steps,
         "kept_step": facts.get("kept_step", job.options.steps),
@@ -269,6 +281,18 @@ def _results(job: Job, shape: ModelShape, facts: Mapping[str, Any], trained: Com
         "tokens_per_second": tokens / seconds if seconds else 0.0,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     }
+
+
+def _cuts(job: Job, facts: Mapping[str, Any], trained: Mapping[str, float]) -> dict[str, Any]:
+    """What was cut, in counts; what each cut cost and how far it healed. The lists themselves are in cut.json."""
+    if not facts["rounds"]:
+        return {"cut": None, "rounds": []}
+    last = facts["rounds"][-1]
+    rounds = [*facts["rounds"][:-1], {**last, "held_out": {**last["held_out"], "healed": trained}}]
+    gone = [dropped["layer"] for each in rounds for dropped in each["dropped_layers"]]
+    counts = {name: [getattr(job.teacher_shape, name), last[name][1]] for name in COUNTED}
+    cut = {"layers": facts["kept"]["layers"], "dropped_layers": sorted(gone), **counts, "lists": CUT}
+    return {"cut": cut, "rounds": rounds}
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -15,8 +15,8 @@ from distill.depth import layers_to_drop
 from distill.importance import Importance, measure, norm_names
 from distill.models import hidden_states, load_weights, new_model
 from distill.refit import RIDGE, Refit, solve
-from distill.request import check_shapes
 from distill.shrink import Cut, choose, cut_tensors, least_influence, select
+from distill.wanted import check_shapes
 from nano.checkpoint import Checkpoint
 from nano.corpus import cut_windows, read_documents
 from nano.errors import RequestError, UnsupportedError
