@@ -7,10 +7,11 @@ the journal, since learning a rotation of a large model takes long.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.options import QuantizeOptions
+from quantize.options import END_TO_END, QuantizeOptions
 from quantize.student import Student
 
 if TYPE_CHECKING:
@@ -21,6 +22,29 @@ if TYPE_CHECKING:
     from quantize.journal import Journal
     from quantize.recipe import Grid
     from quantize.rotate import Rotation
+
+
+def with_rotation(folder: Path, options: QuantizeOptions) -> QuantizeOptions:
+    """The options with "auto" decided: a learned rotation where measurements say that it pays and it costs no bytes.
+
+    KL of best on stories260K 0.0287 without, 0.0247 with; but it takes a tied head apart from its embedding.
+
+    Args:
+        folder: the float model.
+        options: with the method that will run.
+
+    Raises:
+        BadFileError: the folder is no float model.
+    """
+    if options.rotation != "auto":
+        return options
+    if options.method not in END_TO_END:
+        return replace(options, rotation="none")
+    from quantize.rotate import can_turn_residual
+
+    with Student(folder, 1) as student:
+        learned = can_turn_residual(student) and not student.shape.tied
+    return replace(options, rotation="learned" if learned else "none")
 
 
 def head_stays_tied(folder: Path, options: QuantizeOptions) -> bool:

@@ -50,7 +50,8 @@ class QuantizeOptions:
         samples: calibration windows; 0 means 128, and 32 for fast.
         length: tokens a calibration window holds.
         rotation: fold rotations into the weights before any method, the same function on a basis that int4 suits
-            better: "hadamard", or "learned" on calibration text. A tied head gets weights of its own by it.
+            better: "hadamard", or "learned" on calibration text. A tied head gets weights of its own by it. "auto"
+            learns one for best and recover where the head has weights of its own already.
         awq: fold channel scales searched on calibration text into the weights before any method.
         seed: which windows are drawn, and which rotation is taken.
         damping: share of the mean curvature added to every input channel before the solve.
@@ -60,7 +61,7 @@ class QuantizeOptions:
         learning_rate: how far a weight may move in a training step, in codes.
     """
 
-    method: Method = "gptq"
+    method: Method = "best"
     group_size: Literal["auto", 32, 64, 128, "channel"] = "auto"
     symmetry: Literal["symmetric", "asymmetric"] = "symmetric"
     embedding: Literal["float", "int4", "int8"] = "float"
@@ -70,7 +71,7 @@ class QuantizeOptions:
     bits_budget: float = 0.0
     profile: str = ""
     context: int = 0
-    rotation: Literal["none", "hadamard", "learned"] = "none"
+    rotation: Literal["auto", "none", "hadamard", "learned"] = "auto"
     awq: Annotated[bool, Parameter(negative=())] = False
     samples: int = 0
     length: int = 256

@@ -23,7 +23,7 @@ from nano.tokens import FILE as TOKENIZER
 from nano.tokens import copy_tokenizer, load_tokenizer
 from quantize.budget import Choice, Room, bits_record, choose_bits, curve_table, find_room
 from quantize.calibrate import Calibration, draw_training_windows, draw_windows
-from quantize.fold import folded, head_stays_tied, prepared
+from quantize.fold import folded, head_stays_tied, prepared, with_rotation
 from quantize.options import END_TO_END, QuantizeOptions
 from quantize.produce import Job, write_tensors
 from quantize.recipe import (
@@ -74,13 +74,14 @@ def run_quantize(
 
         return quantize_bnb(student, out, options, force)
     shape = ModelShape.from_hf(read_config(student))
+    asked = options
+    options = with_rotation(student, _that_can_run(options, shape, bool(data)))
     own = recipe.rules if recipe else options.rules
     recipe = recipe or default_recipe(options, head_stays_tied(student, options))
     with Student(student, padding_multiple(shape, recipe)) as source:
         model = prepared(source, options)
         grids = _checked_grids(model.shape, recipe, own, options)
         tokenizer = load_tokenizer(student, model.shape.vocab_size)
-        asked, options = options, _that_can_run(options, model, bool(data))
         room = find_room(model.shape, grids, options, _tokenizer_bytes(student))
         text = _calibration(data, tokenizer, options, model) if options.reads_text or room else None
         calibration = None if options.method == "rtn" else text
@@ -99,7 +100,7 @@ def run_quantize(
         recipe = choice.recipe if choice else recipe
         grids = recipe.grids(model.shape)
         inputs = {"student": input_entry(student)}
-        rules = {**asdict(asked), "rules": recipe.describe(), "ran": options.method}
+        rules = {**asdict(options), "rules": recipe.describe(), "method": asked.method, "ran": options.method}
         record = {**text.record} if text else {}
         data_record = {**record, "training": training.record} if training else record
         journal = Journal(out, {"inputs": inputs, "recipe": rules, "data": data_record, "versions": library_versions()})
@@ -136,7 +137,7 @@ def _tokenizer_bytes(folder: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _that_can_run(options: QuantizeOptions, model: Student, has_data: bool) -> QuantizeOptions:
+def _that_can_run(options: QuantizeOptions, shape: ModelShape, has_data: bool) -> QuantizeOptions:
     """The options with a method that this machine and this request allow.
 
     The solving methods need one layer's memory, training end to end all of the model's: best then tunes layer by
@@ -150,7 +151,7 @@ def _that_can_run(options: QuantizeOptions, model: Student, has_data: bool) -> Q
         return replace(options, method="rtn")
     if options.method == "awq":
         return replace(options, method="rtn", awq=True)
-    needed, free = TRAINING_BYTES * model.shape.num_parameters, _free_memory()
+    needed, free = TRAINING_BYTES * shape.num_parameters, _free_memory()
     if options.method not in END_TO_END or needed <= free:
         return options
     if options.method == "best":

@@ -23,7 +23,7 @@ from quantize.recipe import Grid, QuantRecipe
 from quantize.rules import Rule
 from quantize.run import run_quantize
 
-SMALL = QuantizeOptions(samples=8, length=48)
+SMALL = QuantizeOptions("gptq", samples=8, length=48)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_the_same_seed_gives_the_same_bytes(tiny_model: Callable[..., Path], tex
     folder = tiny_model("llama")
     first = run_quantize(folder, [text], tmp_path / "a", SMALL)
     again = run_quantize(folder, [text], tmp_path / "b", SMALL)
-    other = run_quantize(folder, [text], tmp_path / "c", QuantizeOptions(samples=8, length=48, seed=1))
+    other = run_quantize(folder, [text], tmp_path / "c", replace(SMALL, seed=1))
     assert first.files == again.files
     assert first.files["model.safetensors"] != other.files["model.safetensors"]
     assert first.data["seed"] == 0
@@ -126,7 +126,7 @@ def test_first_rule_wins_and_unmatched_stays_float() -> None:
 
 
 def test_a_width_that_no_group_divides_is_said(tiny_model: Callable[..., Path], text: Path, tmp_path: Path) -> None:
-    options = QuantizeOptions(group_size=128, samples=8, length=48)
+    options = replace(SMALL, group_size=128)
     with pytest.raises(RequestError, match=r"64 input channels.*\n.*\n.*--group-size 64"):
         run_quantize(tiny_model("llama"), [text], tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
@@ -176,7 +176,7 @@ def test_short_text_warns(tiny_model: Callable[..., Path], tmp_path: Path, capsy
 
 def test_the_command(tiny_model: Callable[..., Path], text: Path, tmp_path: Path, nanokit: Callable[..., Any]) -> None:
     out = tmp_path / "out"
-    common = ("--data", text, "--samples", 8, "--length", 48, "--out", out)
+    common = ("--data", text, "--method", "gptq", "--samples", 8, "--length", 48, "--out", out)
     done = nanokit("quantize", tiny_model("gemma3_text"), *common, "--json")
     assert done.status == 0, done.stderr
     assert done.json()["mean_relative_error"] < 0.02
@@ -188,18 +188,40 @@ def test_the_command(tiny_model: Callable[..., Path], text: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"samples": 0}, {"length": 4}, {"damping": -0.1}, {"steps": -1}, {"batch": 0}, {"learning_rate": 0.0}]
+    "wrong", [{"samples": -1}, {"length": 4}, {"damping": -0.1}, {"steps": -1}, {"batch": 0}, {"learning_rate": 0.0}]
 )
 def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="--" + next(iter(wrong)).replace("_", "-")):
         QuantizeOptions(**wrong)
 
 
-def test_training_that_memory_cannot_hold_is_refused_before_any_work(
-    tiny_model: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_training_that_memory_cannot_hold_is_refused_or_done_layer_by_layer(
+    tiny_model: Callable[..., Path],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("quantize.run.TRAINING_BYTES", 1 << 40)
-    with pytest.raises(RequestError, match="--method gptq"):
-        run_quantize(tiny_model("llama"), [text], tmp_path / "out", QuantizeOptions("best", samples=8, length=48))
+    folder = tiny_model("llama", initializer_range=0.2)
+    with pytest.raises(RequestError, match="--method tune"):
+        run_quantize(folder, [text], tmp_path / "out", replace(SMALL, method="recover"))
     assert list(tmp_path.iterdir()) == []
-    run_quantize(tiny_model("llama"), [text], tmp_path / "out", SMALL)
+    manifest = run_quantize(folder, [text], tmp_path / "out", replace(SMALL, method="best", steps=30, learning_rate=0.05))
+    assert "layer by layer instead" in capsys.readouterr().err
+    assert (manifest.recipe["method"], manifest.recipe["ran"]) == ("best", "tune")
+    errors = manifest.results["layer_error"]
+    assert len(errors) == 2
+    assert any(after < before for before, after in errors.values())
+
+
+def test_fast_is_a_light_gptq_and_rtn_without_text(
+    tiny_model: Callable[..., Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_model("llama")
+    fast = run_quantize(folder, [text], tmp_path / "fast", replace(SMALL, method="fast", samples=0))
+    assert (fast.recipe["ran"], fast.data["asked"]["samples"]) == ("fast", 32)
+    rtn = run_quantize(folder, [], tmp_path / "rtn", QuantizeOptions("fast"))
+    assert rtn.recipe["ran"] == "rtn"
+    assert "without --data is rtn" in capsys.readouterr().err
+    assert fast.files["model.safetensors"] != rtn.files["model.safetensors"]
