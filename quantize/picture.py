@@ -76,7 +76,7 @@ def _last_panel(panel: Any, facts: Facts, solved: bool) -> None:
 
     curve = facts.results.get("curve") or []
     keys = [("rounded to nearest", BEFORE)] if solved else []
-    keys.append((facts.method if solved else "rounded to nearest", AFTER))
+    keys.append((facts.solver if solved else "rounded to nearest", AFTER))
     handles = [Line2D([], [], color=colour, lw=1.6, label=text) for text, colour in keys]
     if len(curve) < 2:
         panel.axis("off")

@@ -17,6 +17,7 @@ from nano.families import LAYER_LINEARS, layer_prefix
 from nano.folder import human_bytes
 from nano.manifest import Manifest
 from quantize.charts import cell, heat, line_chart, log_ticks, number, percent
+from quantize.options import STEPS
 from quantize.page import STYLE
 
 PAGE, PICTURE = "report.html", "report.png"
@@ -48,6 +49,11 @@ class Facts:
     results: Mapping[str, Any]
     recipe: Mapping[str, Any]
     data: Mapping[str, Any]
+
+    @property
+    def solver(self) -> str:
+        """What the errors of single linears are of: methods that train measure them before they do."""
+        return "gptq, before training" if self.method in STEPS else self.method
 
 
 def facts_of(manifest: Manifest, sizes: tuple[int, int]) -> Facts:
@@ -149,7 +155,7 @@ def _errors(facts: Facts) -> str:
             lines = {"before": of_linear(facts, facts.before, linear), **lines}
         chart = line_chart(lines, x_ticks, y_ticks, f"relative error of {linear} by layer")
         panels.append(f"<figure><figcaption>{linear.split('.')[1]}</figcaption>{chart}</figure>")
-    legend = [("after", facts.method if solved else "rounded to nearest")]
+    legend = [("after", facts.solver if solved else "rounded to nearest")]
     legend = [("before", "rounded to nearest"), *legend] if solved else legend
     keys = "".join(f'<span class="key {name}">{escape(text)}</span>' for name, text in legend)
     about = (
