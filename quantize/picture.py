@@ -58,11 +58,12 @@ def _draw_errors(panel: Any, facts: Facts, linear: str, solved: bool) -> None:
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: percent(value)))
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    _quiet(panel)
+    quiet(panel)
     panel.set_xlabel("layer", color=MUTED, fontsize=9)
 
 
-def _quiet(panel: Any) -> None:
+def quiet(panel: Any) -> None:
+    """Lines of a grid and of the x axis only, in the page's own greys."""
     panel.grid(axis="y", color="#e3e6e8", lw=0.8)
     panel.set_axisbelow(True)
     panel.spines[["top", "right", "left"]].set_visible(False)
@@ -94,6 +95,6 @@ def _last_panel(panel: Any, facts: Facts, solved: bool) -> None:
     panel.set_yscale("log")
     panel.set_title("KL by bits a weight (nats a token)", fontsize=10, loc="left", color=INK)
     panel.set_xlabel("bits a weight, decoder linears", color=MUTED, fontsize=9)
-    _quiet(panel)
+    quiet(panel)
     panel.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="lower left")
     panel.figure.legend(handles=handles, loc="upper right", ncols=2, frameon=False, fontsize=9.5, labelcolor=INK)
