@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -141,3 +142,9 @@ def _show(results: Mapping[str, Any], out: Path, size: int) -> None:
     parts = f"{results['parameters']:,} of the teacher's {results['teacher_parameters']:,} parameters"
     speed = f"{results['train_seconds']:.0f} s ({results['tokens_per_second']:,.0f}/s)"
     say(f"{parts}, {human_bytes(size)}; trained on {results['train_tokens']:,} tokens in {speed}")
+
+
+if __name__ == "__main__":  # torchrun -m distill.command
+    from nano.cli import main
+
+    main(["distill", *sys.argv[1:]])

@@ -84,6 +84,7 @@ class Batch:
         real_N: flat positions (into B x T) where a loss is taken.
         target_N: the id that follows each within its segment; NO_TARGET at a segment's end.
         whole: every row is one segment, so plain causal attention is right.
+        idle: it counts for nothing: a process goes along with it where others have rows left and it has none.
     """
 
     ids_BT: torch.Tensor
@@ -91,6 +92,7 @@ class Batch:
     real_N: torch.Tensor
     target_N: torch.Tensor
     whole: bool
+    idle: bool = False
 
     @property
     def targets(self) -> int:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from nano.errors import NanokitError, PeerLostError, RequestError, WorkError
+from distill.options import DistillOptions
+from nano.errors import NanokitError, PeerLostError, RequestError, UnsupportedError, WorkError
 
 PATIENCE = timedelta(hours=2)
 """How long a process waits for the others: the first cuts the student alone meanwhile. A death is noticed at once."""
@@ -116,6 +117,21 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, NanokitError | None]:
         return None, error
 
 
+def check_together(options: DistillOptions, rounds: int) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        UnsupportedError: continuations of the student's own, bitsandbytes' optimizers, or several rounds of cutting.
+    """
+    for name, wanted, instead in (
+        (f"--on-policy {options.on_policy:g}", options.on_policy > 0, "leave it out, or use one device"),
+        (f"--optimizer {options.optimizer}", options.optimizer != "adamw", "its moments are sharded: adamw is enough"),
+        (f"{rounds} rounds of cutting", rounds > 1, "--rounds 1; or cut on one device and go on with --student FOLDER"),
+    ):
+        if wanted:
+            raise UnsupportedError("That runs on one device only.", found=f"{name} under torchrun", todo=instead)
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[World]:
     """The processes that torchrun started this one among; `ALONE` where it did not, or started one.
@@ -174,7 +190,7 @@ def _elected() -> bool:
 
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
         return bool(store.add("nanokit/lost", 1) == 1)
     except (dist.DistError, RuntimeError):
         return True

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.options import DistillOptions
+from distill.parallel import World, check_together, is_lost, joined, lost_peer
 from distill.request import Job, check_request, prepare
-from distill.state import StateFolder, checkpoint_folder
+from distill.state import StateFolder, checkpoint_folder, kept_in_words, state_folder
 from nano.errors import RequestError
 from nano.folder import require_space
 from nano.manifest import Manifest
@@ -64,22 +65,36 @@ def run_distill_many(
         RequestError and its kinds: something about the request is wrong; nothing was written.
         WorkError and its kinds: training failed; the last good states are kept beside the outputs.
     """
-    states = [StateFolder(checkpoint_folder(out)) for _student, out in students]
-    check_request(data, [out for _student, out in students], force=force, resume=resume)
-    jobs = prepare(teacher, [student for student, _out in students], data, options, teacher_cache)
-    from distill.work import Assignment, work
+    outs = [out for _student, out in students]
 
-    assignments = []
-    for (_student, out), job, state in zip(students, jobs, states, strict=True):
-        assignments.append(Assignment(job, state, out, _may_resume(state, job, resume)))
-        floats = 4 * job.largest
-        require_space(out, floats * (7 if options.steps else 1))  # two states of three floats, and the student
-    try:
-        return work(assignments, force)
-    finally:
-        for state in states:
-            if not state.exists():
-                state.drop()
+    def check(world: World) -> list[tuple[Job, bool]]:
+        check_request(data, outs, force=force, resume=resume)
+        jobs = prepare(teacher, [student for student, _out in students], data, options, teacher_cache)
+        for job, out in zip(jobs, outs, strict=True):
+            if world.size > 1:
+                check_together(options, len(job.rounds))
+            floats = 4 * job.largest
+            require_space(out, floats * (7 if options.steps else 1))  # two states of three floats, and the student
+        states = [StateFolder(checkpoint_folder(out)) for out in outs]
+        return [(job, _may_resume(state, job, resume)) for job, state in zip(jobs, states, strict=True)]
+
+    with joined() as world:
+        states = [state_folder(checkpoint_folder(out), world) for out in outs]
+        try:
+            checked = world.checked(lambda: check(world))
+            from distill.work import Assignment, work
+
+            given = zip(checked, states, outs, strict=True)
+            assignments = [Assignment(job, state, out, resuming) for (job, resuming), state, out in given]
+            return work(assignments, force, world)
+        except RuntimeError as error:
+            if world.size == 1 or not is_lost(error):
+                raise
+            raise lost_peer(error, world, kept_in_words(states)) from None
+        finally:
+            for state in states:
+                if not state.exists():
+                    state.drop()
 
 
 def _may_resume(state: StateFolder, job: Job, resume: bool | None) -> bool:

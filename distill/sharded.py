@@ -45,7 +45,7 @@ class Body(torch.nn.Module):
         self.model, self.shape, self.matcher = model, shape, matcher
 
     def forward(self, batch: Batch, watched: Sequence[int], use: Use, dtype: torch.dtype | None = None) -> Any:
-        """Run the model on a batch and give what `use` makes of it; under autocast to `dtype`, if any, but not `use`."""
+        """Run the model on a batch, under autocast to `dtype` if any, and give what `use` makes of it without."""
         with torch.autocast(batch.ids_BT.device.type, dtype=dtype, enabled=dtype is not None):
             hidden_ND, layers = states_and_layers(self.model, self.shape, batch, watched)
         return use(hidden_ND, layers, head_weight(self.model))
@@ -96,7 +96,8 @@ def shard(model: Any | None, shape: ModelShape, world: World, device: str, match
             part.to_empty(device=device)
     if config.tie_word_embeddings:
         blank.lm_head.weight = blank.model.embed_tokens.weight
-    body = fully_shard(Body(blank, shape, matcher), mesh=world.mesh)
+    body = Body(blank, shape, matcher)
+    fully_shard(body, mesh=world.mesh)
     for part in body.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
@@ -127,6 +128,17 @@ def put(into: torch.Tensor, whole: torch.Tensor) -> None:
         whole = whole.to(into.device)
         whole = distribute_tensor(whole, into.device_mesh, into.placements, src_data_rank=None)
     into.copy_(whole)
+
+
+def like(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A whole tensor on a parameter's device, sharded as it is."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor):
+        return whole.to(parameter.device)
+    into = torch.zeros_like(parameter.detach(), dtype=whole.dtype)
+    put(into, whole)
+    return into
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

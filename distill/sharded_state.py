@@ -15,13 +15,15 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from distill.parallel import World
 from nano.errors import BadFileError, NoSpaceError
 from nano.folder import is_no_space, write_text_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+    from distill.parallel import World
 
 SHARDS = "shards.json"
 
@@ -47,8 +49,9 @@ def save_shards(
     Raises:
         NoSpaceError: the disk is full for one of them; the state before is still there.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     into = folder / f"shards-{step}"
     tensors: dict[str, Any] = {}
@@ -63,13 +66,13 @@ def save_shards(
         shutil.rmtree(into, ignore_errors=True)  # of a run that was killed while it wrote
     world.wait()
     try:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(into, sync_files=True))
+        save(tensors, storage_writer=FileSystemWriter(into, sync_files=True))
     except CheckpointException as error:
         if world.first:
             shutil.rmtree(into, ignore_errors=True)
         cause = next((e for e, _trace in error.failures.values() if is_no_space(e)), None)
-        if cause is None:
-            raise
+        if cause is None:  # the exception is no Exception, so that it would pass every handler
+            raise next(iter(error.failures.values()))[0] from None
         raise NoSpaceError(
             f"The disk is full: the state after step {step} could not be kept.",
             found=f"{folder}: {cause}",
@@ -109,30 +112,36 @@ def shards_header(folder: Path) -> dict[str, Any] | None:
         ) from None
 
 
-@torch.no_grad()
 def restore_shards(
-    folder: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, done: int
 ) -> None:
     """Put weights and moments back, whatever the number of processes that wrote them and that read them now.
+
+    Args:
+        folder: of the state.
+        parameters: everything that is trained, by name.
+        optimizer: of them, new.
+        done: steps that it has taken.
 
     Raises:
         BadFileError: a file of it is missing or broken, or it is of another model.
     """
-    import torch.distributed.checkpoint as dcp
+    import torch
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     header = shards_header(folder)
     assert header is not None
     into: dict[str, Any] = {f"weight.{name}": parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
-        kept = {moment: torch.zeros_like(parameter) for moment in header["moments"]}
+        kept = {moment: torch.zeros_like(parameter.detach()) for moment in header["moments"]}
         into.update({f"{moment}.{name}": value for moment, value in kept.items()})
-        done = torch.tensor(float(header["step"]), device=parameter.device)
-        optimizer.state[parameter] = {"step": done, **kept}
+        optimizer.state[parameter] = {"step": torch.tensor(float(done), device=parameter.device), **kept}
     try:
         with warnings.catch_warnings():  # that there is but one process, where there is but one
             warnings.simplefilter("ignore", UserWarning)
-            dcp.load(into, storage_reader=dcp.FileSystemReader(folder / header["folder"]))
+            load(into, storage_reader=FileSystemReader(folder / header["folder"]))
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
         raise BadFileError(
             "The checkpoint cannot be read.",

@@ -2,7 +2,8 @@
 
 `OUT.checkpoint/` lies beside the output: `state.safetensors` (weights, both AdamW moments, and in its header the
 step and what the run is) is written under another name, flushed and renamed, so a kill at any moment leaves the
-previous one; `metrics.jsonl` is cut back to the step that is resumed.
+previous one; `metrics.jsonl` is cut back to the step that is resumed. What several processes wrote together
+(`distill.sharded_state`) is read as well.
 """
 
 from __future__ import annotations
@@ -13,19 +14,40 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from distill.sharded_state import SHARDS, drop_shards, restore_shards, shards_header
 from nano.errors import BadFileError, NoSpaceError
 from nano.folder import is_no_space
 
 if TYPE_CHECKING:
     import torch
 
+    from distill.parallel import World
+
 STATE, BEST, METRICS = "state.safetensors", "best.safetensors", "metrics.jsonl"
+
+
+def state_folder(folder: Path, world: World) -> StateFolder:
+    """The state of a run of one process or of several."""
+    if world.size == 1:
+        return StateFolder(folder)
+    from distill.together import SharedState
+
+    return SharedState(folder, world)
+
+
+def kept_in_words(states: Sequence[StateFolder]) -> str:
+    """What is left of a run that broke off, for people."""
+    kept = [state for state in states if state.exists()]
+    if not kept:
+        return "nothing was kept yet: start again"
+    step = min(state.header().step for state in kept)
+    return f"the same command with --resume goes on after step {step}, kept in {kept[0].folder}"
 
 
 def checkpoint_folder(out: Path) -> Path:
@@ -53,8 +75,8 @@ class StateFolder:
         self.folder = folder
 
     def exists(self) -> bool:
-        """Whether there is a state to resume."""
-        return (self.folder / STATE).is_file()
+        """Whether there is a state to resume, of one process or of several."""
+        return (self.folder / STATE).is_file() or (self.folder / SHARDS).is_file()
 
     def start(self) -> None:
         """Begin anew: drop what lies there."""
@@ -66,11 +88,18 @@ class StateFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def header(self) -> Saved:
-        """Read the header only.
+        """Read the header only; of two states (a kill came between writing one and dropping the other) the later's.
 
         Raises:
             BadFileError: the state is broken.
         """
+        shards = shards_header(self.folder)
+        if not (self.folder / STATE).is_file() and shards:
+            return Saved(shards["step"], shards["facts"])
+        alone = self._header_alone()
+        return Saved(shards["step"], shards["facts"]) if shards and shards["step"] > alone.step else alone
+
+    def _header_alone(self) -> Saved:
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / STATE
@@ -110,6 +139,7 @@ class StateFolder:
                     tensors[f"{moment}.{name}"] = value
         header = {"nanokit": json.dumps({"step": step, "facts": facts}, default=str)}
         self._write(STATE, tensors, header, f"the state after step {step} could not be kept")
+        drop_shards(self.folder)
 
     def save_best(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Keep a model's weights as the best so far."""
@@ -121,10 +151,12 @@ class StateFolder:
         import torch
         from safetensors.torch import load_file
 
+        from distill.sharded import put
+
         saved = load_file(self.folder / BEST)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(saved[name])
+                put(parameter, saved[name])
 
     def _write(self, name: str, tensors: dict[str, torch.Tensor], header: dict[str, str], failing: str) -> None:
         """A file in place of the one before: written beside, flushed, renamed."""
@@ -163,14 +195,19 @@ class StateFolder:
         import torch
         from safetensors.torch import load_file
 
+        from distill.sharded import like, put
+
         step = self.header().step - began
+        if not (self.folder / STATE).is_file() or self._header_alone().step < self.header().step:
+            restore_shards(self.folder, parameters, optimizer, step)
+            return
         saved = load_file(self.folder / STATE)
         moments = sorted({name.split(".", 1)[0] for name in saved} - {"weight"})
         torchs_own = isinstance(optimizer, torch.optim.AdamW)  # bitsandbytes counts its steps in an int
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(saved[f"weight.{name}"])
-                kept = {m: saved[f"{m}.{name}"].to(parameter.device) for m in moments if f"{m}.{name}" in saved}
+                put(parameter, saved[f"weight.{name}"])
+                kept = {m: like(parameter, saved[f"{m}.{name}"]) for m in moments if f"{m}.{name}" in saved}
                 if kept:
                     done = torch.tensor(float(step), device=parameter.device) if torchs_own else step
                     optimizer.state[parameter] = {"step": done, **kept}
@@ -203,15 +240,19 @@ class Interruption:
 
 
 @contextlib.contextmanager
-def catch_interrupt() -> Iterator[Interruption]:
-    """Ctrl-C (or SIGTERM) waits for the step under way; a second one does not wait."""
+def catch_interrupt(patient: bool = False) -> Iterator[Interruption]:
+    """Ctrl-C (or SIGTERM) waits for the step under way; a second one does not wait.
+
+    Args:
+        patient: it waits too. torchrun passes on what the terminal has sent to each process already.
+    """
     stop = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals only ever reach the main thread
         return
 
     def handler(_number: int, _frame: FrameType | None) -> None:
-        if stop.requested:
+        if stop.requested and not patient:
             raise KeyboardInterrupt
         stop.requested = True
 

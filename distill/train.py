@@ -22,11 +22,12 @@ import torch
 from distill.curves import Events
 from distill.data import Batch, Rows, make_batch
 from distill.losses import Answers, Mix, distillation_loss
-from distill.match import Matcher, states_and_layers
-from distill.models import head_weight
+from distill.match import Matcher
 from distill.onpolicy import RowNumbers, continued, prompt_length, split_step
 from distill.optimizer import learning_rate, make_optimizer, prepare_model
 from distill.options import DistillOptions
+from distill.parallel import ALONE, World
+from distill.sharded import Body, whole
 from distill.speed import Speed, peak_flops, training_flops
 from distill.state import Interruption, StateFolder, catch_interrupt
 from distill.teacher import Teacher
@@ -53,6 +54,7 @@ class Pupil:
         name: of its output's folder.
         span: steps done when its round of cutting begins and ends; None where it is cut once.
         next_round: measures the model and cuts it for the round that follows.
+        body: the model sharded over several processes; None where it lies whole on one.
     """
 
     model: Any
@@ -66,6 +68,7 @@ class Pupil:
     name: str = "student"
     span: tuple[int, int] | None = None
     next_round: Callable[[Pupil], None] | None = None
+    body: Body | None = None
 
     def rate(self, options: DistillOptions, step: int) -> float:
         """The learning rate of a step; each round rises and falls on its own."""
@@ -94,6 +97,7 @@ class Training:
         options: how.
         device: where all models lie.
         endings: ids that end a text, for continuations.
+        world: the processes that share the work; each has rows of its own of every step's.
     """
 
     pupils: tuple[Pupil, ...]
@@ -102,6 +106,7 @@ class Training:
     options: DistillOptions
     device: str
     endings: tuple[int, ...] = ()
+    world: World = ALONE
 
 
 @dataclass
@@ -135,7 +140,10 @@ def train(run: Training) -> None:
     start = min(seat.step for seat in seats)
     if any(pupil.resume for pupil in run.pupils):
         say(f"resuming after step {start} of {run.options.steps}")
-    with catch_interrupt() as stop, track("distill", run.options.steps - start, "steps") as progress:
+    with (
+        catch_interrupt(patient=run.world.size > 1) as stop,
+        track("distill", run.options.steps - start, "steps") as progress,
+    ):
         try:
             _steps(run, seats, start, stop, progress.advance)
         finally:
@@ -151,7 +159,7 @@ def _seat(pupil: Pupil, run: Training) -> Seat:
         pupil.state.cut_metrics(int(saved.facts["metrics_bytes"]))
         step = saved.step
     prepare_model(pupil.model, run.options)
-    folder = Path(run.options.tensorboard) if run.options.tensorboard else None
+    folder = Path(run.options.tensorboard) if run.options.tensorboard and run.world.first else None
     several = len(run.pupils) > 1
     return Seat(pupil, optimizer, Events(folder / pupil.name if folder and several else folder, step), step)
 
@@ -179,10 +187,11 @@ def _steps(
         advance(1, f"loss {', '.join(f'{seat.loss:.3f}' for seat in active)}, {speed.add(active[0].positions)}")
         last = step + 1 == options.steps
         due = (step + 1) % options.save_every == 0 if options.save_every else time.monotonic() - last_saved > SAVE_SECONDS  # noqa: E501  # fmt: skip
-        if last or due or stop.requested or any(seat.pupil.ends_round(step + 1) for seat in active):
+        stopping, due = map(bool, run.world.sums([stop.requested, due and run.world.first]))  # a clock differs
+        if last or due or stopping or any(seat.pupil.ends_round(step + 1) for seat in active):
             _save(active)
             last_saved = time.monotonic()
-        if stop.requested and not last:
+        if stopping and not last:
             say(f"stopped after step {step + 1}; its state is kept in {seats[0].pupil.state.folder}: "
                 f"the same command with --resume goes on")  # fmt: skip
             raise KeyboardInterrupt
@@ -190,7 +199,8 @@ def _steps(
 
 def _speed(run: Training) -> Speed:
     flops = sum(training_flops(pupil.shape, run.options.length) for pupil in run.pupils)
-    return Speed(flops, peak_flops(run.device, run.options.dtype))
+    peak = peak_flops(run.device, run.options.dtype)
+    return Speed(flops, peak * run.world.size if peak else None)
 
 
 def _enter_round(run: Training, seat: Seat) -> None:
@@ -222,7 +232,8 @@ def one_step(run: Training, seats: list[Seat], step: int) -> None:
         for batch in seat.own:
             _learn(run, seat, batch, run.teacher.answers(batch))
     for seat in seats:
-        seat.norm = float(torch.nn.utils.clip_grad_norm_(seat.pupil.parameters.values(), options.clip))
+        seat.loss, seat.kl, seat.ce, seat.match = run.world.sums([seat.loss, seat.kl, seat.ce, seat.match])
+        seat.norm = float(whole(torch.nn.utils.clip_grad_norm_(seat.pupil.parameters.values(), options.clip)))
     if not all(math.isfinite(seat.loss) and math.isfinite(seat.norm) for seat in seats):
         _not_finite(run, seats)
     for seat in seats:
@@ -247,8 +258,10 @@ def _begin(run: Training, seat: Seat, text: list[Batch], own_order: RowNumbers, 
                         step=step, seed=options.seed, device=run.device, vocab=seat.pupil.vocab,
                     )
                 )  # fmt: skip
-    seat.positions = sum(batch.target_N.numel() for batch in [*text, *seat.own])
-    seat.targets = max(1, sum(batch.targets for batch in text))
+    counted = [batch for batch in text if not batch.idle]
+    positions = sum(batch.target_N.numel() for batch in [*counted, *seat.own])
+    positions, targets = map(int, run.world.sums([positions, sum(batch.targets for batch in counted)]))
+    seat.positions, seat.targets = positions, max(1, targets)
     seat.mix = Mix(
         options.kd / seat.positions, (1 - options.kd) / seat.targets, options.temperature,
         torch.bfloat16 if options.dtype == "bfloat16" else torch.float32, options.divergence, options.mixture,
@@ -260,16 +273,23 @@ def _learn(run: Training, seat: Seat, batch: Batch, answers: Answers) -> None:
     """Add a batch's gradients and sums."""
     pupil = seat.pupil
     watched = range(pupil.shape.num_layers) if pupil.matcher else ()
-    with _autocast(run):
-        hidden_ND, layers = states_and_layers(pupil.model, pupil.shape, batch, watched)
-    head, answers = head_weight(pupil.model)[: pupil.vocab], answers.over(pupil.vocab)
-    loss, sums = distillation_loss(hidden_ND, head, answers, batch.target_N, seat.mix)
-    if pupil.matcher:
-        apart = pupil.matcher.loss(layers, answers.layers)
-        loss = loss + run.options.match / seat.positions * apart
-        seat.match += float(apart.detach())
-    loss.backward()  # type: ignore[no-untyped-call]
-    seat.loss, seat.kl, seat.ce = seat.loss + float(loss.detach()), seat.kl + float(sums.kl), seat.ce + float(sums.ce)
+    counts = 0.0 if batch.idle else 1.0
+    mix = replace(seat.mix, kd_weight=counts * seat.mix.kd_weight, ce_weight=counts * seat.mix.ce_weight)
+
+    def use(hidden_ND: torch.Tensor, layers: Mapping[int, torch.Tensor], head_VD: torch.Tensor) -> torch.Tensor:
+        told = answers.over(pupil.vocab)
+        loss, sums = distillation_loss(hidden_ND, head_VD[: pupil.vocab], told, batch.target_N, mix)
+        if pupil.matcher:
+            apart = pupil.matcher.loss(layers, told.layers)
+            loss = loss + counts * run.options.match / seat.positions * apart
+            seat.match += counts * float(apart.detach())
+        seat.kl, seat.ce = seat.kl + counts * float(sums.kl), seat.ce + counts * float(sums.ce)
+        return loss
+
+    body = pupil.body or Body(pupil.model, pupil.shape, pupil.matcher)
+    loss = body(batch, watched, use, torch.bfloat16 if run.options.dtype == "bfloat16" else None)
+    loss.backward()
+    seat.loss += float(loss.detach())
 
 
 def _autocast(run: Training) -> torch.autocast:
@@ -283,8 +303,14 @@ def _portions(order: RowNumbers, options: DistillOptions) -> Iterator[RowNumbers
 
 
 def _micro_batches(run: Training, order: RowNumbers) -> Iterator[Batch]:
-    for part in _portions(order, run.options):
+    """This process's rows of a step's; as many batches on each, for a sharded pass needs all processes."""
+    world = run.world
+    parts = list(_portions(order[world.rank :: world.size], run.options))
+    most = len(list(_portions(order[:: world.size], run.options)))
+    for part in parts:
         yield make_batch(run.rows, part, run.device)
+    for _ in range(most - len(parts)):
+        yield replace(make_batch(run.rows, order[:1], run.device), idle=True)
 
 
 def _note(run: Training, seat: Seat) -> None:

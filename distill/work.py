@@ -7,7 +7,7 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,13 @@ from distill.match import Matcher, spread
 from distill.models import load_weights, new_model
 from distill.optimizer import check_means
 from distill.options import BEFORE
+from distill.parallel import ALONE, World
+from distill.report import write_report
 from distill.request import Job
+from distill.sharded import SharedTeacher, shard, whole
 from distill.state import METRICS, StateFolder
 from distill.teacher import LiveTeacher, open_teacher
+from distill.together import compared, spread_teacher
 from distill.train import Pupil, Training, objective, train
 from nano.checkpoint import Checkpoint, write_checkpoint
 from nano.corpus import describe_sources
@@ -58,29 +62,74 @@ class Assignment:
     resuming: bool
 
 
-def work(assignments: Sequence[Assignment], force: bool) -> list[Manifest]:
+def work(assignments: Sequence[Assignment], force: bool, world: World = ALONE) -> list[Manifest]:
     """Do checked jobs of one teacher, text and options; see `distill.run.run_distill_many`."""
     job = assignments[0].job
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_means(job.options, device)
-    teacher = open_teacher(job.teacher, job.teacher_shape, job.options.teacher_precision, device)
     held_out = list(batches(job.held_out, EVAL_BATCH, device))
-    pupils = tuple(_pupil(assignment, teacher, held_out, device) for assignment in assignments)
+    teacher, pupils = _open(assignments, held_out, device, world)
     if job.options.steps:
         watched = sorted({layer for pupil in pupils if pupil.matcher for layer in pupil.matcher.layers})
         source = CachedTeacher(job.cache) if job.cache else replace(teacher, watched=tuple(watched))
-        train(Training(pupils, source, job.rows, job.options, device, job.endings))
+        train(Training(pupils, source, job.rows, job.options, device, job.endings, world))
     made = []
     for assignment, pupil in zip(assignments, pupils, strict=True):
         _choose(pupil, job)
         _round_to_stored(pupil.model, assignment.job)
-        trained = teacher.compare(pupil.model, pupil.shape, held_out, pupil.vocab)
+        trained = compared(teacher, pupil, held_out, world)
         _say_figures("trained", _figures(trained))
-        with staged_folder(assignment.out, force=force) as folder:
-            made.append(_write(folder, assignment, pupil, trained))
+        if world.first:
+            with staged_folder(assignment.out, force=force) as folder:
+                made.append(_write(folder, assignment, pupil, trained))
+        else:
+            for _ in _weights(pupil):
+                pass
     for assignment in assignments:
         assignment.state.drop()
-    return made
+    return world.shared(made)
+
+
+def _open(
+    assignments: Sequence[Assignment], held_out: list[Batch], device: str, world: World
+) -> tuple[LiveTeacher | SharedTeacher, tuple[Pupil, ...]]:
+    """The teacher and the students; with several processes the first one's, spread over all."""
+    job = assignments[0].job
+
+    def begun() -> tuple[LiveTeacher, tuple[Pupil, ...]]:
+        teacher = open_teacher(job.teacher, job.teacher_shape, job.options.teacher_precision, device)
+        return teacher, tuple(_pupil(assignment, teacher, held_out, device) for assignment in assignments)
+
+    teacher, pupils = world.lead(begun) or (None, None)
+    if world.mesh is None:
+        assert teacher is not None and pupils is not None  # noqa: PT018
+        return teacher, pupils
+    everyones = spread_teacher(teacher, job.teacher, job.teacher_shape, job.options.teacher_precision, world, device)
+    del teacher
+    return everyones, tuple(
+        _spread(assignment, pupils[i] if pupils else None, everyones, held_out, device, world)
+        for i, assignment in enumerate(assignments)
+    )
+
+
+def _spread(
+    assignment: Assignment,
+    pupil: Pupil | None,
+    teacher: LiveTeacher | SharedTeacher,
+    held_out: list[Batch],
+    device: str,
+    world: World,
+) -> Pupil:
+    """The first process's student, sharded."""
+    job, facts = assignment.job, world.shared(pupil.facts if pupil else None)
+    shape = ModelShape.from_hf(facts["config"])
+    matcher = _matcher(job, shape, facts["kept"], device) if job.options.match else None
+    body = shard(pupil.model if pupil else None, shape, world, device, matcher)
+    return Pupil(
+        body.model, shape, assignment.state, facts,
+        lambda pupil: _figures(compared(teacher, pupil, held_out, world)),
+        matcher, job.vocab, assignment.resuming, assignment.out.name, body=body,
+    )  # fmt: skip
 
 
 def _pupil(assignment: Assignment, teacher: LiveTeacher, held_out: list[Batch], device: str) -> Pupil:
@@ -219,10 +268,9 @@ def _round_to_stored(model: Any, job: Job) -> None:
 
 def _write(folder: Path, assignment: Assignment, pupil: Pupil, trained: Comparison) -> Manifest:
     """The student's files, its manifest last."""
-    job, state, model, shape, facts = assignment.job, assignment.state, pupil.model, pupil.shape, pupil.facts
+    job, state, shape, facts = assignment.job, assignment.state, pupil.shape, pupil.facts
     dtype = _stored_dtype(job)
-    weights = model.state_dict()
-    write_checkpoint(folder, ((name, weights[name].to(dtype)) for name in weight_shapes(shape)))
+    write_checkpoint(folder, ((name, tensor.to(dtype)) for name, tensor in _weights(pupil)))
     config = {**facts["config"], "dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     _write_json(folder / "config.json", config)
@@ -236,21 +284,26 @@ def _write(folder: Path, assignment: Assignment, pupil: Pupil, trained: Comparis
         (folder / METRICS).write_bytes((state.folder / METRICS).read_bytes())
         if job.options.curves and not draw_curves(folder / METRICS, folder / CURVES):
             say("no curves.png: pip install 'nanokit[curves]'")
-    return write_manifest(
-        folder,
-        Manifest(
-            kind="student",
-            inputs={"teacher": input_entry(job.teacher), **_given_entry(job), **_cache_entry(job)},
-            recipe=dataclasses.asdict(job.options),
-            data={
-                **describe_sources(job.sources, tokens=int(facts["tokens"]), seed=job.options.seed),
-                "held_out_share": job.options.held_out,
-                "held_out_tokens": trained.tokens,
-            },
-            results=_results(job, shape, facts, trained),
-            shape=dataclasses.asdict(shape),
-        ),
+    manifest = Manifest(
+        kind="student",
+        inputs={"teacher": input_entry(job.teacher), **_given_entry(job), **_cache_entry(job)},
+        recipe=dataclasses.asdict(job.options),
+        data={
+            **describe_sources(job.sources, tokens=int(facts["tokens"]), seed=job.options.seed),
+            "held_out_share": job.options.held_out,
+            "held_out_tokens": trained.tokens,
+        },
+        results=_results(job, shape, facts, trained),
+        shape=dataclasses.asdict(shape),
     )
+    write_report(folder, manifest, picture=job.options.curves)
+    return write_manifest(folder, manifest)
+
+
+def _weights(pupil: Pupil) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight, whole; with several processes all have to go through them."""
+    weights = pupil.model.state_dict()
+    return ((name, whole(weights[name])) for name in weight_shapes(pupil.shape))
 
 
 def _given_entry(job: Job) -> dict[str, Any]:
