@@ -7,7 +7,7 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,11 +125,13 @@ def _spread(
     shape = ModelShape.from_hf(facts["config"])
     matcher = _matcher(job, shape, facts["kept"], device) if job.options.match else None
     body = shard(pupil.model if pupil else None, shape, world, device, matcher)
-    return Pupil(
+    everyones = Pupil(
         body.model, shape, assignment.state, facts,
         lambda pupil: _figures(compared(teacher, pupil, held_out, world)),
         matcher, job.vocab, assignment.resuming, assignment.out.name, body=body,
     )  # fmt: skip
+    _follow_rounds(everyones, job, device, world)
+    return everyones
 
 
 def _pupil(assignment: Assignment, teacher: LiveTeacher, held_out: list[Batch], device: str) -> Pupil:
@@ -147,41 +149,57 @@ def _pupil(assignment: Assignment, teacher: LiveTeacher, held_out: list[Batch], 
         vocab=job.vocab, resume=assignment.resuming, name=assignment.out.name,
     )  # fmt: skip
 
-    def next_round(pupil: Pupil) -> None:
-        _cut_again(pupil, job, device)
-        _seat_in_round(pupil, job, next_round, device)
-
-    _seat_in_round(pupil, job, next_round, device)
+    pupil.matcher = _matcher(job, pupil.shape, facts["kept"], device) if job.options.match else None
+    _follow_rounds(pupil, job, device)
     return pupil
 
 
-def _seat_in_round(pupil: Pupil, job: Job, next_round: Callable[[Pupil], None], device: str) -> None:
-    """What follows from the round that a student is in."""
-    if job.options.match:
-        pupil.matcher = _matcher(job, pupil.shape, pupil.facts["kept"], device)
+def _follow_rounds(pupil: Pupil, job: Job, device: str, world: World = ALONE) -> None:
+    """Where in its rounds of cutting a student is, and how the next one begins."""
     if len(job.rounds) > 1:
         number = len(pupil.facts["rounds"])
         pupil.span = (job.rounds[number - 1].first, job.rounds[number - 1].last)
-        pupil.next_round = next_round if number < len(job.rounds) else None
+        more = number < len(job.rounds)
+        pupil.next_round = (lambda pupil: _next_round(pupil, job, device, world)) if more else None
 
 
-def _cut_again(pupil: Pupil, job: Job, device: str) -> None:
-    """Cut a healed student to the shape of the round that follows, in place."""
-    facts, healed = pupil.facts, dict(pupil.measure(pupil))
-    number = len(facts["rounds"])
+def _next_round(pupil: Pupil, job: Job, device: str, world: World) -> None:
+    """Put what a healed student is cut to in its place; with several processes the first one cuts, all get shards."""
+    healed = dict(pupil.measure(pupil))
+    number = len(pupil.facts["rounds"])
     _say_figures(f"healed after round {number} of {len(job.rounds)}", healed)
-    weights = pupil.model.state_dict()
-    model = new_model(facts["config"])  # without hooks, compiled layers and recomputation
-    load_weights(model, {name: weights[name].cpu() for name in weight_shapes(pupil.shape)})
-    source = Source(model.to(device), pupil.shape, lambda name: weights[name].cpu(), facts["kept"])
-    made = cut_model(source, job.rounds[number].shape, job.config, calibration_text(job, device), job.options)
-    before = facts["rounds"][-1]
-    before["held_out"] = {**before["held_out"], "healed": healed}
-    pupil.model, pupil.shape = made.model.to(device), made.shape
-    facts.update(config=made.shape.to_hf(job.config), kept=made.kept)
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in _weights(pupil):
+        if world.first:
+            weights[name] = tensor.cpu()
+    made = world.lead(lambda: _cut_again(pupil, weights, job, device))
+    weights.clear()
+    pupil.facts = facts = world.shared(pupil.facts)
+    pupil.shape = ModelShape.from_hf(facts["config"])
+    pupil.matcher = _matcher(job, pupil.shape, facts["kept"], device) if job.options.match else None
+    if world.mesh is None:
+        assert made is not None
+        pupil.model = made.to(device)
+    else:
+        pupil.body = shard(made, pupil.shape, world, device, pupil.matcher)
+        pupil.model = pupil.body.model
     found = dict(pupil.measure(pupil))
-    facts["rounds"].append({**made.record, "steps": job.rounds[number].steps, "held_out": {"before": healed, "cut": found}})  # noqa: E501  # fmt: skip
     _say_figures(f"after the cut of round {number + 1}", found)
+    facts["rounds"][-2]["held_out"]["healed"] = healed
+    facts["rounds"][-1]["held_out"] = {"before": healed, "cut": found}
+    _follow_rounds(pupil, job, device, world)
+
+
+def _cut_again(pupil: Pupil, weights: Mapping[str, torch.Tensor], job: Job, device: str) -> Any:
+    """The model of the round that follows; the student's facts are its."""
+    facts, target = pupil.facts, job.rounds[len(pupil.facts["rounds"])]
+    model = new_model(facts["config"])  # without hooks, compiled layers, recomputation and shards
+    load_weights(model, weights)
+    source = Source(model.to(device), pupil.shape, weights.__getitem__, facts["kept"])
+    made = cut_model(source, target.shape, job.config, calibration_text(job, device), job.options)
+    facts.update(config=made.shape.to_hf(job.config), kept=made.kept)
+    facts["rounds"].append({**made.record, "steps": target.steps})
+    return made.model
 
 
 def _choose(pupil: Pupil, job: Job) -> None:
