@@ -13,8 +13,11 @@ from quantize.runtimes import Runtime
 
 Method = Literal["best", "fast", "rtn", "awq", "gptq", "tune", "recover", "bnb-nf4", "bnb-int8"]
 
-STEPS = {"tune": 200, "best": 320, "recover": 4000}
+STEPS = {"tune": 200, "best": 360, "recover": 2000}
 """Training steps of the methods that train, where none are asked for; tune's are for each layer."""
+
+RATES = {"tune": 0.01, "best": 0.01, "recover": 0.006}
+"""Their learning rates, in codes a step: longer training takes shorter steps."""
 
 END_TO_END = ("best", "recover")
 """Methods that train the whole model at once."""
@@ -55,10 +58,10 @@ class QuantizeOptions:
         awq: fold channel scales searched on calibration text into the weights before any method.
         seed: which windows are drawn, and which rotation is taken.
         damping: share of the mean curvature added to every input channel before the solve.
-        steps: training steps; 0 means 200 for each layer of tune, 320 for best, 4,000 for recover.
+        steps: training steps; 0 means 200 for each layer of tune, 360 for best, 2,000 for recover.
         batch: windows in a training step.
         window: tokens a training window holds.
-        learning_rate: how far a weight may move in a training step, in codes.
+        learning_rate: how far a weight may move in a training step, in codes; 0 means 0.01, for recover 0.006.
     """
 
     method: Method = "best"
@@ -80,7 +83,7 @@ class QuantizeOptions:
     steps: int = 0
     batch: int = 8
     window: int = 128
-    learning_rate: float = 0.01
+    learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
         wrong = {
@@ -90,7 +93,7 @@ class QuantizeOptions:
             "--steps": self.steps < 0,
             "--batch": self.batch < 1,
             "--window": self.window < 8,
-            "--learning-rate": self.learning_rate <= 0,
+            "--learning-rate": self.learning_rate < 0,
             "--bits-budget": not 0 <= self.bits_budget <= 32,
             "--context": self.context < 0,
         }
@@ -99,8 +102,8 @@ class QuantizeOptions:
             raise RequestError(
                 "A number for quantize makes no sense.",
                 found=f"{found[0]} {getattr(self, found[0][2:].replace('-', '_'))}",
-                expected="a batch of 1 or more, windows of 8 tokens or more, a positive learning rate, "
-                "samples, damping, steps, bits budget and context of 0 or more",
+                expected="a batch of 1 or more, windows of 8 tokens or more, "
+                "samples, damping, steps, learning rate, bits budget and context of 0 or more",
             )
         if self.bits_budget and self.profile:
             raise RequestError(
@@ -118,3 +121,8 @@ class QuantizeOptions:
     def windows(self) -> int:
         """Calibration windows to draw."""
         return self.samples or (FAST_SAMPLES if self.method == "fast" else SAMPLES)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of a method that trains."""
+        return self.learning_rate or RATES[self.method]

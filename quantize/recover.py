@@ -108,7 +108,7 @@ def _train(
 
     Goes on from the journal's state where there is one, to the same bits as without the interruption.
     """
-    optimizer = torch.optim.Adam(trainable_groups(model, options.learning_rate, norms=True), betas=BETAS, fused=True)
+    optimizer = torch.optim.Adam(trainable_groups(model, options.rate, norms=True), betas=BETAS, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     first, smooth = _restore(model, optimizer, journal)
     batches, kept = _batches(windows, options), time.monotonic()

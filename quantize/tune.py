@@ -60,7 +60,7 @@ def tune_layer(
         wanted_STD: the float network's behind it.
         options: steps, learning rate (codes a weight may move a step) and seed (which windows a step sees).
     """
-    steps, learning_rate = options.steps or STEPS["tune"], options.learning_rate
+    steps, learning_rate = options.steps or STEPS["tune"], options.rate
     for name, quantized in start.items():
         parent, _, leaf = name.removeprefix(prefix).rpartition(".")
         owner = model.layers[0].get_submodule(parent)

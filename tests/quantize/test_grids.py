@@ -179,7 +179,8 @@ def test_rules_come_from_toml_and_go_before_the_options(
         "[[rule]]\npattern = '.*o_proj'\nbits = 'float'\n"
         "[[rule]]\npattern = '.*v_proj'\nbits = 4\nsymmetric = false\n"
     )
-    args = ("--data", text, "--method", "gptq", "--samples", 8, "--length", 48, "--rules", file, "--group-size", 64, "--out", out)
+    small = ("--method", "gptq", "--samples", 8, "--length", 48)
+    args = ("--data", text, *small, "--rules", file, "--group-size", 64, "--out", out)
     refused = nanokit("quantize", tiny_model("llama"), *args)
     assert refused.status == 2
     assert "--runtime onnx" in refused.stderr

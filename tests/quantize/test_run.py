@@ -188,7 +188,7 @@ def test_the_command(tiny_model: Callable[..., Path], text: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"samples": -1}, {"length": 4}, {"damping": -0.1}, {"steps": -1}, {"batch": 0}, {"learning_rate": 0.0}]
+    "wrong", [{"samples": -1}, {"length": 4}, {"damping": -0.1}, {"steps": -1}, {"batch": 0}, {"learning_rate": -0.1}]
 )
 def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="--" + next(iter(wrong)).replace("_", "-")):
@@ -207,7 +207,8 @@ def test_training_that_memory_cannot_hold_is_refused_or_done_layer_by_layer(
     with pytest.raises(RequestError, match="--method tune"):
         run_quantize(folder, [text], tmp_path / "out", replace(SMALL, method="recover"))
     assert list(tmp_path.iterdir()) == []
-    manifest = run_quantize(folder, [text], tmp_path / "out", replace(SMALL, method="best", steps=30, learning_rate=0.05))
+    options = replace(SMALL, method="best", steps=30, learning_rate=0.05)
+    manifest = run_quantize(folder, [text], tmp_path / "out", options)
     assert "layer by layer instead" in capsys.readouterr().err
     assert (manifest.recipe["method"], manifest.recipe["ran"]) == ("best", "tune")
     errors = manifest.results["layer_error"]
