@@ -117,16 +117,15 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, NanokitError | None]:
         return None, error
 
 
-def check_together(options: DistillOptions, rounds: int) -> None:
+def check_together(options: DistillOptions) -> None:
     """Refuse what several processes cannot do.
 
     Raises:
-        UnsupportedError: continuations of the student's own, bitsandbytes' optimizers, or several rounds of cutting.
+        UnsupportedError: continuations of the student's own, or bitsandbytes' optimizers.
     """
     for name, wanted, instead in (
         (f"--on-policy {options.on_policy:g}", options.on_policy > 0, "leave it out, or use one device"),
         (f"--optimizer {options.optimizer}", options.optimizer != "adamw", "its moments are sharded: adamw is enough"),
-        (f"{rounds} rounds of cutting", rounds > 1, "--rounds 1; or cut on one device and go on with --student FOLDER"),
     ):
         if wanted:
             raise UnsupportedError("That runs on one device only.", found=f"{name} under torchrun", todo=instead)

@@ -72,7 +72,7 @@ def run_distill_many(
         jobs = prepare(teacher, [student for student, _out in students], data, options, teacher_cache)
         for job, out in zip(jobs, outs, strict=True):
             if world.size > 1:
-                check_together(options, len(job.rounds))
+                check_together(options)
             floats = 4 * job.largest
             require_space(out, floats * (7 if options.steps else 1))  # two states of three floats, and the student
         states = [StateFolder(checkpoint_folder(out)) for out in outs]
