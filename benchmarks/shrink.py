@@ -1,6 +1,6 @@
 """Loss against the teacher's size: students of 25%, 50% and 75% of it, cut in one step, in rounds, or begun at random.
 
-    python benchmarks/shrink.py --teacher DIR --data FILE [--shares 25 50 75] [--rounds 1 2] [--heal 0.3] [--steps 120]
+    python benchmarks/shrink.py --teacher DIR --data FILE [--shares 25 50 75] [--rounds 1 2] [--heal 0.1] [--steps 120]
 
 All runs see the same text in the same order for the same number of steps; in rounds the steps are shared out, so the
 last shape is trained for fewer. Seeds change the held-out documents, the order of the text and random starts. CPU
@@ -62,15 +62,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[25, 50, 75], help="percent of the teacher's size")
     parser.add_argument("--rounds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--heal", type=float, nargs="+", default=[0.3], help="steps before the last round, as a share")
+    parser.add_argument("--heal", type=float, nargs="+", default=[0.1], help="steps before the last round, as a share")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--no-random", action="store_true", help="leave the random starts out")
     args = parser.parse_args()
-    kinds = [("pruned", rounds, heal) for rounds in args.rounds for heal in (args.heal if rounds > 1 else [0.3])]
-    kinds += [] if args.no_random else [("random", 1, 0.3)]
+    kinds = [("pruned", rounds, heal) for rounds in args.rounds for heal in (args.heal if rounds > 1 else [0.1])]
+    kinds += [] if args.no_random else [("random", 1, 0.1)]
     rows = []
     for share in args.shares:
         for start, rounds, heal in kinds:

@@ -86,7 +86,7 @@ class DistillOptions:
     prompt: int = 32
     layers: Literal["damage", "influence"] = "damage"
     rounds: Literal["auto"] | int = "auto"
-    heal: float = 0.3
+    heal: float = 0.1
     refit: bool = True
     start: Literal["pruned", "random"] = "pruned"
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -47,7 +47,8 @@ class Job:
         identity: everything the result depends on; a state of another identity is not resumed.
         endings: ids that end a text.
         cache: the teacher's answers on disk, where the student is trained from them.
-        given: the student's folder, where it has weights already.
+        given: the student's folder, where one was named.
+        scratch: only the folder's architecture counts, not its weights.
         vocab: ids that are compared, where the embeddings of teacher and student differ in size.
         rounds: the cuts and what each is trained for; one where the student is not cut.
     """
@@ -66,6 +67,7 @@ class Job:
     given: Path | None = None
     vocab: int | None = None
     rounds: tuple[Round, ...] = ()
+    scratch: bool = False
 
     @property
     def largest(self) -> int:
@@ -121,13 +123,10 @@ def prepare(
             found=f"final_logit_softcapping = {config['final_logit_softcapping']}",
             todo="use a teacher without it",
         )
-    if options.length > shape.max_positions:
-        raise RequestError(
-            "The sequences are longer than the teacher's positions.",
-            found=f"--length {options.length}",
-            expected=f"at most {shape.max_positions}",
-        )
+    _check_length(options.length, shape, "teacher")
     targets = [find_student(student, shape, config, options.start) for student in students]
+    for target in targets:
+        _check_length(options.length, target.shape, "student")
     cache = open_cache(teacher_cache, options) if teacher_cache else None
     sources = open_sources(data)
     from nano.torch_lm import check_float_folder
@@ -136,9 +135,7 @@ def prepare(
     tokenizer = load_tokenizer(teacher, shape.vocab_size)
     plans = [_rounds(shape, target, options) for target in targets]
     for target, plan in zip(targets, plans, strict=True):
-        say(f"student: {describe(target.shape)}")
-        for number, each in enumerate(plan[:-1], 1):
-            say(f"round {number} of {len(plan)}: {describe(each.shape)}, {each.steps} steps")
+        _say_student(target, shape, plan, options)
     common = [common_ids(target, shape, tokenizer) for target in targets]
     text = load_text(sources, tokenizer, options)
     rows, held_out = text.rows, text.held_out
@@ -157,6 +154,7 @@ def prepare(
         Job(
             teacher, target.config, shape, target.shape, rows, held_out, sources, options,
             {**shared, **_own_identity(target)}, endings, cache, target.folder, ids, plan,
+            target.scratch,
         )
         for target, ids, plan in zip(targets, common, plans, strict=True)
     ]  # fmt: skip
@@ -166,6 +164,33 @@ def _rounds(teacher: ModelShape, target: Wanted, options: DistillOptions) -> tup
     if target.folder is not None or options.start != "pruned":
         return (Round(target.shape, 0, options.steps),)
     return plan_rounds(teacher, target.shape, options)
+
+
+def _check_length(length: int, shape: ModelShape, whose: str) -> None:
+    if length > shape.max_positions:
+        raise RequestError(
+            f"The sequences are longer than the {whose}'s positions.",
+            found=f"--length {length}",
+            expected=f"at most {shape.max_positions}",
+        )
+
+
+def _say_student(target: Wanted, teacher: ModelShape, plan: tuple[Round, ...], options: DistillOptions) -> None:
+    say(f"student: {describe(target.shape)}")
+    if target.scratch or (options.start == "random" and target.folder is None):
+        say(_from_scratch(target, teacher))
+    for number, each in enumerate(plan[:-1], 1):
+        say(f"round {number} of {len(plan)}: {describe(each.shape)}, {each.steps} steps")
+
+
+def _from_scratch(target: Wanted, teacher: ModelShape) -> str:
+    """What a random start means, for people."""
+    other = target.shape.family != teacher.family
+    why = f": nothing can be cut from a teacher of another family ({teacher.family})" if other else ""
+    return (
+        f"it begins from scratch ({target.shape.family}, weights at random){why}; the teacher's answers are all that "
+        "it learns from, so it needs far more text and steps than one that is cut"
+    )
 
 
 def open_cache(folder: Path, options: DistillOptions) -> Cache:

@@ -1,5 +1,8 @@
 """What a student is to be: a size cut from the teacher, a shape, or a folder with a model of its own.
 
+Of a teacher of another family nothing can be cut. Its student is a folder: with weights it goes on from them, and with
+--start random its config.json alone says the architecture, which begins from scratch.
+
 A given student may be padded to another size of embedding than its teacher (Qwen2.5: 151,936 rows for the small
 models, 152,064 for the large ones, of 151,665 that mean something). Both are then compared over the ids that the
 tokenizer really gives. Where ids mean different tokens, nothing can be compared, and the request is refused.
@@ -26,12 +29,14 @@ class Wanted:
     Attributes:
         shape: its dimensions.
         config: the config.json that its own is made of.
-        folder: where its weights lie, if it has some already.
+        folder: the model's that was named, if one was.
+        scratch: only its config.json (and tokenizer, where it has one) counts: the weights are drawn at random.
     """
 
     shape: ModelShape
     config: Mapping[str, Any]
     folder: Path | None = None
+    scratch: bool = False
 
 
 def find_student(student: str | ModelShape, teacher: ModelShape, config: Mapping[str, Any], start: str) -> Wanted:
@@ -47,13 +52,39 @@ def find_student(student: str | ModelShape, teacher: ModelShape, config: Mapping
         RequestError and its kinds: it cannot be cut from this teacher, or the folder is broken.
     """
     if isinstance(student, str) and (Path(student) / "config.json").is_file():
-        from nano.torch_lm import check_float_folder
-
-        folder = Path(student)
-        return Wanted(check_float_folder(folder), read_config(folder), folder)
+        return _of_folder(Path(student), start)
     target = student if isinstance(student, ModelShape) else solve_student(teacher, student)
     check_shapes(teacher, target, start=start)
     return Wanted(target, config)
+
+
+def _of_folder(folder: Path, start: str) -> Wanted:
+    """A student whose architecture is a folder's, and its weights too unless they are to be random."""
+    config = read_config(folder)
+    if config.get("final_logit_softcapping"):
+        raise UnsupportedError(
+            "Capped logits are not supported.",
+            found=f"final_logit_softcapping = {config['final_logit_softcapping']} of the student",
+            todo="take it out of its config.json",
+        )
+    if start == "random":
+        shape = ModelShape.from_hf(config)
+        return Wanted(shape, shape.to_hf(config), folder, scratch=True)
+    if not any(folder.glob("*.safetensors")):
+        raise RequestError(
+            "The student's folder holds no weights.",
+            found=str(folder),
+            expected="*.safetensors beside its config.json",
+            todo="--start random begins this architecture from scratch",
+        )
+    from nano.torch_lm import check_float_folder
+
+    return Wanted(check_float_folder(folder), config, folder)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder brings a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
 
 
 def common_ids(wanted: Wanted, teacher: ModelShape, tokenizer: TextTokenizer) -> int | None:
@@ -64,6 +95,8 @@ def common_ids(wanted: Wanted, teacher: ModelShape, tokenizer: TextTokenizer) ->
     """
     if wanted.folder is None:
         return None
+    if not has_tokenizer(wanted.folder):
+        return _with_teachers_tokenizer(wanted, teacher, tokenizer)
     own = load_tokenizer(wanted.folder, wanted.shape.vocab_size)
     difference = vocabulary_difference(tokenizer, own)
     if difference:
@@ -78,6 +111,17 @@ def common_ids(wanted: Wanted, teacher: ModelShape, tokenizer: TextTokenizer) ->
             "Teacher and student begin texts differently.",
             found=f"beginning id {tokenizer.bos_id} of the teacher, {own.bos_id} of the student",
             todo="make tokenizer_config.json of both say the same",
+        )
+    return tokenizer.size if wanted.shape.vocab_size != teacher.vocab_size else None
+
+
+def _with_teachers_tokenizer(wanted: Wanted, teacher: ModelShape, tokenizer: TextTokenizer) -> int | None:
+    """The ids of a student that brings no tokenizer and so gets its teacher's."""
+    if wanted.shape.vocab_size < tokenizer.size:
+        raise RequestError(
+            "The student has fewer embeddings than its teacher's tokenizer has ids, and no tokenizer of its own.",
+            found=f"vocab_size {wanted.shape.vocab_size} in {wanted.folder}",
+            expected=f"at least {tokenizer.size}",
         )
     return tokenizer.size if wanted.shape.vocab_size != teacher.vocab_size else None
 

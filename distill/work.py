@@ -31,6 +31,7 @@ from distill.state import METRICS, StateFolder
 from distill.teacher import LiveTeacher, open_teacher
 from distill.together import compared, spread_teacher
 from distill.train import Pupil, Training, objective, train
+from distill.wanted import has_tokenizer
 from nano.checkpoint import Checkpoint, write_checkpoint
 from nano.corpus import describe_sources
 from nano.families import EMBEDDING, weight_shapes
@@ -223,12 +224,12 @@ def _matcher(job: Job, shape: ModelShape, cut: Mapping[str, Any] | None, device:
 def begin(job: Job, teacher: LiveTeacher, held_out: list[Batch], device: str) -> tuple[Any, dict[str, Any]]:
     """The student before training, and what is known of it: config, figures, what was cut."""
     facts: dict[str, Any] = {"identity": job.identity, "seconds": 0.0, "tokens": 0, "kept": None, "rounds": []}
-    if job.given is not None:
+    if job.given is not None and not job.scratch:
         facts["config"], shape = dict(job.config), job.shape
         model = new_model(facts["config"])
         with Checkpoint(job.given) as checkpoint:
             load_weights(model, {name: checkpoint.tensor(name) for name in weight_shapes(shape)})
-    elif job.options.start == "random":
+    elif _start(job) == "random":
         facts["config"], shape = job.shape.to_hf(job.config), job.shape
         model = new_model(facts["config"], job.options.seed)
     else:
@@ -267,12 +268,12 @@ def _say_figures(when: str, figures: Mapping[str, float]) -> None:
 
 
 def _start(job: Job) -> str:
-    return "given" if job.given else job.options.start
+    return "given" if job.given and not job.scratch else job.options.start
 
 
 def _stored_dtype(job: Job) -> torch.dtype:
     """The precision of the file that the student began from (the teacher's, where it had none), and so of its own."""
-    with Checkpoint(job.given or job.teacher) as checkpoint:
+    with Checkpoint(job.teacher if job.scratch or not job.given else job.given) as checkpoint:
         return checkpoint.rows(f"{EMBEDDING}.weight", 0, 1).dtype
 
 
@@ -292,7 +293,7 @@ def _write(folder: Path, assignment: Assignment, pupil: Pupil, trained: Comparis
     config = {**facts["config"], "dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     _write_json(folder / "config.json", config)
-    copy_tokenizer(job.given or job.teacher, folder)
+    copy_tokenizer(job.given if job.given and has_tokenizer(job.given) else job.teacher, folder)
     if not (folder / "generation_config.json").is_file():
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         _write_json(folder / "generation_config.json", {key: config[key] for key in ids if config.get(key) is not None})

@@ -211,20 +211,18 @@ def test_a_run_stopped_in_or_between_rounds_ends_with_the_same_bits(
 def test_a_run_stopped_while_it_is_cut_again_ends_with_the_same_bits(
     whole: Path, stories: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import distill.work as work
-
-    cuts, real = [], work.cut_model
+    cuts = []
 
     def stop(*arguments: Any) -> Any:
         cuts.append(arguments)
         if len(cuts) == 2:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return cut_model(*arguments)
 
     options = replace(QUICK, save_every=0)  # the state at a round's end is kept whatever is asked
     out = tmp_path / "s"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(work, "cut_model", stop)
+        patch.setattr("distill.work.cut_model", stop)
         run_distill(stories, "65k", [text], out, options)
     assert json.loads((out.with_name("s.checkpoint") / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
     run_distill(stories, "65k", [text], out, options, resume=True)
