@@ -58,5 +58,6 @@ def _draw_cost(panel: Any, facts: Facts) -> None:
     panel.bar([x + 0.2 for x in at], [healed for _, healed in pairs], 0.38, color=AFTER, label="after it")
     names = [f"round {i}\n{each['parameters'][1]:,}" for i, each in enumerate(rounds, 1)]
     panel.set_xticks(list(at), names or [f"{facts.results['parameters']:,}"])
+    panel.margins(y=0.25)  # room for the legend
     panel.set_title("KL to the teacher (nats a token)", fontsize=10, loc="left", color=INK)
     panel.legend(frameon=False, fontsize=8.5, labelcolor=INK)

@@ -80,11 +80,17 @@ def request_of(stories: Path, tinystories: Path, tmp_path_factory: pytest.TempPa
     text.write_text("".join(json.dumps({"text": t}) + "\n" for t in read_documents([tinystories])[:60]))
 
     def arguments(
-        out: Path, *more: object, teacher: Path = stories, student: object = "150k", steps: int = STEPS, batch: int = 7
+        out: Path,
+        *more: object,
+        teacher: Path = stories,
+        student: object = "150k",
+        steps: int = STEPS,
+        batch: int = 7,
+        rounds: int = 1,
     ) -> Arguments:
         plain = ("distill", "--teacher", teacher, "--student", student, "--data", text, "--out", out,
                  "--steps", steps, "--batch", batch, "--length", 64, "--eval-tokens", 512, "--calibration-tokens", 512,
-                 "--layers", "influence", "--rounds", 1, "--no-curves", *more)  # fmt: skip
+                 "--layers", "influence", "--rounds", rounds, "--no-curves", *more)  # fmt: skip
         return list(map(str, plain))
 
     return arguments
@@ -268,6 +274,36 @@ def test_a_request_to_stop_is_kept_by_all_and_what_one_wrote_several_read(
     ]
     assert cli(request_of(out, *more, "--resume")) == 0
     same_training(alone, out)
+
+
+@pytest.mark.slow
+def test_rounds_of_cutting_are_shared_and_resumed(
+    ranks: Ranks, request_of: Callable[..., Arguments], tmp_path: Path
+) -> None:
+    """The second round's student is cut on the first process and sharded; one goes on where two were killed."""
+
+    def asked(out: Path, *more: object) -> Arguments:
+        how = ("--heal", 0.4, "--learning-rate", 2e-3, "--save-every", 2)
+        return request_of(out, *how, *more, student="65k", steps=10, rounds=2)
+
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    assert cli(asked(alone)) == 0
+    ids = ranks.start(2, asked(two))
+    wait_for(lambda: lines(two) >= 7, "seven steps")
+    os.kill(ids[1], signal.SIGKILL)
+    ranks.end()
+    kept = StateFolder(checkpoint_folder(two)).header()
+    assert len(kept.facts["rounds"]) == 2
+    shutil.copytree(checkpoint_folder(two), checkpoint_folder(tmp_path / "one"))
+    assert cli(asked(tmp_path / "one", "--resume")) == 0
+    ranks.go(2, asked(two, "--resume"))
+    for made in (tmp_path / "one", two):
+        same_training(alone, made)
+        ours, theirs = (read_manifest(folder).results["rounds"] for folder in (alone, made))
+        assert (made / "cut.json").read_bytes() == (alone / "cut.json").read_bytes()
+        for x, y in zip(ours, theirs, strict=True):
+            for when, found in x["held_out"].items():
+                assert y["held_out"][when]["cross_entropy"] == pytest.approx(found["cross_entropy"], abs=1e-4)
 
 
 def test_what_is_refused_is_said_once(ranks: Ranks, request_of: Callable[..., Arguments], tmp_path: Path) -> None:
