@@ -46,7 +46,9 @@ class Body(torch.nn.Module):
 
     def forward(self, batch: Batch, watched: Sequence[int], use: Use, dtype: torch.dtype | None = None) -> Any:
         """Run the model on a batch, under autocast to `dtype` if any, and give what `use` makes of it without."""
-        with torch.autocast(batch.ids_BT.device.type, dtype=dtype, enabled=dtype is not None):
+        device = batch.ids_BT.device.type
+        # no cache of casts: no weight is cast twice in a pass, and it would hold all of them until its end
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
             hidden_ND, layers = states_and_layers(self.model, self.shape, batch, watched)
         return use(hidden_ND, layers, head_weight(self.model))
 
