@@ -49,7 +49,8 @@ class DistillOptions:
             rounds that each leave at least half.
         heal: share of the steps that the rounds before the last get together.
         refit: fit the linears whose inputs were cut to the teacher's by least squares.
-        start: "pruned" cuts the teacher's weights, "random" begins anew.
+        start: "pruned" cuts the teacher's weights, "random" begins from scratch; of a student that is a folder then
+            only the architecture counts, which may be of another family than its teacher's.
         dtype: of the matrix products in both models; weights and optimizer stay float32.
         teacher_dtype: the teacher's, where it is to be another: "int8" and "nf4" are bitsandbytes' 8 and 4 bits.
         recompute: recompute activations in the backward pass: less memory, a third more arithmetic.
