@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def run_quantize(
     """
     from quantize.journal import Journal
 
-    check_output(out, force=force)
+    check_output(out, force=force, made_from=(student, *data))
     if options.method in ("bnb-nf4", "bnb-int8"):
         from quantize.bnb import quantize_bnb
 
@@ -80,41 +80,76 @@ def run_quantize(
     recipe = recipe or default_recipe(options, head_stays_tied(student, options))
     with Student(student, padding_multiple(shape, recipe)) as source:
         model = prepared(source, options)
-        grids = _checked_grids(model.shape, recipe, own, options)
-        tokenizer = load_tokenizer(student, model.shape.vocab_size)
-        room = find_room(model.shape, grids, options, _tokenizer_bytes(student))
-        text = _calibration(data, tokenizer, options, model) if options.reads_text or room else None
-        calibration = None if options.method == "rtn" else text
-        training = (
-            draw_training_windows(data, tokenizer, options, model.shape.max_positions)
-            if options.method in END_TO_END
-            else None
-        )
         require_space(out, 3 * model.shape.num_parameters)
+        texts, recipe, choice = _texts_and_recipe(student, model, data, recipe, own, options)
         if model.padding:
             say(
                 f"the feed-forward width {model.source_shape.intermediate_size} is padded to "
                 f"{model.shape.intermediate_size} with zero neurons (exact), so that whole groups fit"
             )
-        choice = _spend(room, model, recipe, text, options)
-        recipe = choice.recipe if choice else recipe
+        manifest = Manifest(
+            kind="int4",
+            inputs={"student": input_entry(student)},
+            recipe={**asdict(options), "rules": recipe.describe(), "method": asked.method, "ran": options.method},
+            data=texts.record(),
+            shape=asdict(model.shape),
+        )
+        request = {"inputs": manifest.inputs, "recipe": manifest.recipe, "data": manifest.data}
+        journal = Journal(out, {**request, "versions": library_versions()})
         grids = recipe.grids(model.shape)
-        inputs = {"student": input_entry(student)}
-        rules = {**asdict(options), "rules": recipe.describe(), "method": asked.method, "ran": options.method}
-        record = {**text.record} if text else {}
-        data_record = {**record, "training": training.record} if training else record
-        journal = Journal(out, {"inputs": inputs, "recipe": rules, "data": data_record, "versions": library_versions()})
-        job = Job(model, grids, options, calibration, training, journal)
+        job = Job(
+            model, grids, options, texts.calibration if options.method != "rtn" else None, texts.training, journal
+        )
         with journal.kept_if_interrupted(), staged_folder(out, force=force) as folder:
-            view, folds = folded(model, grids, options, text, journal)
+            view, folds = folded(model, grids, options, texts.calibration, journal)
             results = {**write_tensors(replace(job, model=view), folder), **bits_record(model.shape, grids), **folds}
             results.update(choice.as_dict() if choice else {})
             copy_tokenizer(student, folder)
-            manifest = Manifest(
-                kind="int4", inputs=inputs, recipe=rules, data=data_record, results=results, shape=asdict(model.shape)
-            )
+            manifest = replace(manifest, results=results)
             write_report(folder, manifest, student)
             return write_manifest(folder, manifest)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Windows of a run.
+
+    Attributes:
+        calibration: for solving, folding and the budget, or None where nothing reads text.
+        training: for the methods that train end to end, or None.
+    """
+
+    calibration: Calibration | None
+    training: Calibration | None
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of them."""
+        record = {**self.calibration.record} if self.calibration else {}
+        return {**record, "training": self.training.record} if self.training else record
+
+
+def _texts_and_recipe(
+    student: Path,
+    model: Student,
+    data: Sequence[Path],
+    recipe: QuantRecipe,
+    own: tuple[Rule, ...],
+    options: QuantizeOptions,
+) -> tuple[Texts, QuantRecipe, Choice | None]:
+    """The windows that a run needs, and its recipe once a budget is spent (with what was chosen, else None).
+
+    Raises:
+        RequestError: a grid that does not fit, no text where it is needed, or a budget that cannot be met.
+    """
+    grids = _checked_grids(model.shape, recipe, own, options)
+    tokenizer = load_tokenizer(student, model.shape.vocab_size)
+    room = find_room(model.shape, grids, options, _tokenizer_bytes(student))
+    text = _calibration(data, tokenizer, options, model) if options.reads_text or room else None
+    training = None
+    if options.method in END_TO_END:
+        training = draw_training_windows(data, tokenizer, options, model.shape.max_positions)
+    choice = _spend(room, model, recipe, text, options)
+    return Texts(text, training), choice.recipe if choice else recipe, choice
 
 
 def _spend(
@@ -198,7 +233,7 @@ def _calibration(data: Sequence[Path], tokenizer: Any, options: QuantizeOptions,
         raise RequestError(
             f"{_who_reads(options)} needs calibration text.",
             expected="--data FILE, a text or JSONL file like what the model will be used on (may be repeated)",
-            todo="give --data, or use --method rtn, which reads none",
+            todo="give --data" + ("" if options.method == "rtn" else ", or use --method rtn, which reads none"),
         )
     from quantize.suitability import examine_and_warn
 
@@ -212,4 +247,4 @@ def _who_reads(options: QuantizeOptions) -> str:
         return f"--method {options.method}"
     if options.awq or options.rotation == "learned":
         return "--awq" if options.awq else "--rotation learned"
-    return "spending bits where they help"
+    return "--bits-budget" if options.bits_budget else "--profile"
