@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nano.errors import NoSpaceError, OutputExistsError, RequestError
@@ -29,15 +29,29 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-def check_output(out: Path, *, force: bool) -> None:
+def check_output(out: Path, *, force: bool, made_from: Iterable[Path] = ()) -> None:
     """Refuse an output that exists, before any work is done.
+
+    Args:
+        out: the folder to make.
+        force: whether it may replace one that exists.
+        made_from: files and folders that are read to make it: an output never replaces them, not even by force.
 
     Raises:
         OutputExistsError: `out` is there and `force` is not set.
-        RequestError: `out` is a file, the current folder or one above it, or its parent cannot be written to.
+        RequestError: `out` or one above it is a file; `out` is the current folder or one above it, or holds what it
+            is made from; or its parent cannot be written to.
     """
-    if out.is_file():
-        raise RequestError("The output should be a folder.", found=f"a file at {out}", todo="choose another --out")
+    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise RequestError("The output should be a folder.", found=f"a file at {parent}", todo="choose another --out")
+    lost = [source for source in made_from if source.resolve().is_relative_to(out.resolve())]
+    if out.exists() and lost:
+        raise RequestError(
+            "The output would replace what it is made from.",
+            found=f"--out {out}, which holds {lost[0]}",
+            todo="choose another --out",
+        )
     if out.exists() and (Path.cwd().resolve().is_relative_to(out.resolve())):
         raise RequestError(
             "The output would replace the folder you stand in.", found=str(out), todo="choose another --out"
@@ -48,7 +62,6 @@ def check_output(out: Path, *, force: bool) -> None:
             found=str(out),
             todo="choose another --out, or give --force to replace it once the new one is complete",
         )
-    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
         raise RequestError(
             "The output cannot be written there.", found=f"no write permission in {parent}", todo="choose another --out"

@@ -10,16 +10,19 @@ Legend: N output channels, K input channels, G groups, W packed words.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nano.errors import NoSpaceError
+from nano.errors import NoSpaceError, RequestError
 from nano.progress import say
 from quantize.grid import QuantizedTensor
 from quantize.layers import LayerResult
@@ -28,25 +31,66 @@ from quantize.packed import pack_codes, unpack_codes
 KEY, STATE, TRAINING, FOLDS = "key.json", "state", "training.safetensors", "folds.safetensors"
 
 
+def _locked(folder: Path) -> int:
+    """A handle that holds a folder until it is closed or the process ends, however it ends.
+
+    Where the file system knows no locks it holds nothing.
+
+    Raises:
+        RequestError: another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise RequestError(
+            "Another run is making this output now.",
+            found=f"{folder}, held by a running process",
+            todo="let it end, or choose another --out",
+        ) from None
+    except OSError:
+        say(f"{folder} cannot be locked: do not start a second run with the same --out meanwhile")
+    return handle
+
+
 class Journal:
-    """Finished work of one request.
+    """Finished work of one request, for one process at a time.
 
     Attributes:
         folder: where it is kept.
+
+    Raises:
+        RequestError: another process works on the same output now, or the folder's name is taken.
     """
 
     def __init__(self, out: Path, request: Mapping[str, Any]) -> None:
         self.folder = out.absolute().with_name(out.absolute().name + ".work")
         text = json.dumps(request, sort_keys=True, default=str)
         key = hashlib.sha256(text.encode()).hexdigest()
-        if self.folder.exists() and self._found_key() != key:
-            say(f"the unfinished work in {self.folder} is of another request; it is dropped")
-            self.discard()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._release = weakref.finalize(self, os.close, _locked(self.folder))
+        self._check_own()
+        if (self.folder / KEY).exists() and self._found_key() != key:
+            say(f"the unfinished work in {self.folder} is of another request; it is dropped")
+            for path in self.folder.iterdir():  # the folder stays, for the lock on it, and its key, which marks it ours
+                if path.name != KEY:
+                    path.unlink()
         if self._found_key() != key:
             (self.folder / KEY).write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
         elif layers := len(list(self.folder.glob("layer-*.safetensors"))):
-            say(f"an earlier run of this request left {layers} finished layers in {self.folder}; they are taken over")
+            count = "1 finished layer" if layers == 1 else f"{layers} finished layers"
+            say(f"an earlier run of this request left {count} in {self.folder}; the work goes on from there")
+
+    def _check_own(self) -> None:
+        """Refuse a folder of this name that someone else made: what is in it would be lost."""
+        if any(self.folder.iterdir()) and not (self.folder / KEY).exists():
+            self._release()
+            raise RequestError(
+                "The folder where unfinished work would be kept holds other things.",
+                found=str(self.folder),
+                todo="move it away, or choose another --out",
+            )
 
     def _found_key(self) -> str | None:
         try:
@@ -61,6 +105,7 @@ class Journal:
         try:
             yield
         except (KeyboardInterrupt, NoSpaceError):
+            self._release()
             say(f"what is finished is kept in {self.folder}: the same command goes on from there")
             raise
         except BaseException:
@@ -121,8 +166,9 @@ class Journal:
         self._save(TRAINING, tensors, numbers)
 
     def discard(self) -> None:
-        """Remove all of it."""
+        """Remove all of it, and let others have the output."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._release()
 
     def _load(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """A file's tensors and description; None where it is not there. Only whole files get their names."""

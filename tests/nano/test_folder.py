@@ -53,6 +53,19 @@ def test_existing_output_is_refused_before_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match="should be a folder"):
         check_output(tmp_path / "file", force=True)
+    with pytest.raises(RequestError, match=r"a file at .*file\n"):
+        check_output(tmp_path / "file" / "below" / "it", force=True)
+
+
+def test_an_output_never_replaces_what_it_is_made_from(tmp_path: Path) -> None:
+    student = tmp_path / "models" / "student"
+    student.mkdir(parents=True)
+    for out in (student, tmp_path / "models"):
+        with pytest.raises(RequestError, match="replace what it is made from"):
+            check_output(out, force=True, made_from=[student])
+    check_output(student / "int4", force=True, made_from=[student])
+    with pytest.raises(OutputExistsError):
+        check_output(tmp_path, force=False, made_from=[tmp_path.parent / "elsewhere"])
 
 
 def test_the_folder_one_stands_in_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

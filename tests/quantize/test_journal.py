@@ -59,6 +59,27 @@ def test_work_of_another_request_is_dropped(tmp_path: Path, capsys: pytest.Captu
     assert "another request" in capsys.readouterr().err
 
 
+def test_one_process_at_a_time_works_on_an_output(tmp_path: Path) -> None:
+    first = Journal(tmp_path / "out", {"seed": 0})
+    first.save_layer(0, one_layer())
+    for seed in (0, 1):
+        with pytest.raises(RequestError, match="Another run"):
+            Journal(tmp_path / "out", {"seed": seed})
+    assert first.has_layer(0)
+    with pytest.raises(KeyboardInterrupt), first.kept_if_interrupted():
+        raise KeyboardInterrupt
+    assert Journal(tmp_path / "out", {"seed": 0}).has_layer(0)
+
+
+def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
+    work = tmp_path / "out.work"
+    work.mkdir()
+    (work / "thesis.txt").write_text("years")
+    with pytest.raises(RequestError, match="holds other things"):
+        Journal(tmp_path / "out", {})
+    assert [path.name for path in work.iterdir()] == ["thesis.txt"]
+
+
 @pytest.mark.parametrize(
     ("error", "kept"), [(KeyboardInterrupt(), True), (NoSpaceError("full"), True), (RequestError("bad"), False)]
 )
