@@ -1,6 +1,6 @@
 """What quantizing a full-size student takes: peak memory and time a layer, on random weights of the true shape.
 
-    python benchmarks/streaming.py --data TEXT                                # nano-2, rtn whole and gptq two layers
+    python benchmarks/streaming.py --data TEXT                                # nano-2, two layers of rtn and of gptq
     python benchmarks/streaming.py --data TEXT --method gptq --layers 36      # to the end
     python benchmarks/streaming.py --data TEXT --student nano-1 --write       # result into benchmarks/streaming.md
 
@@ -176,7 +176,7 @@ def main() -> None:
     )
     parser.add_argument("--student", default="nano-2", choices=("nano-1", "nano-2"))
     parser.add_argument("--method", nargs="+", default=["rtn", "gptq"])
-    parser.add_argument("--layers", type=int, default=2, help="of the methods that read text; rtn runs to the end")
+    parser.add_argument("--layers", type=int, default=2, help="how many to run before the process is stopped")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -192,9 +192,8 @@ def main() -> None:
             write_student(student, arguments.student, tokenizer)
         rows = []
         for method in arguments.method:
-            layers = 10**6 if method == "rtn" else arguments.layers
             extra = [] if method == "rtn" else [f"--samples={arguments.samples}", f"--length={arguments.length}"]
-            rows.append(run_method(student, arguments.data, base / "out", method, layers, extra))
+            rows.append(run_method(student, arguments.data, base / "out", method, arguments.layers, extra))
     text = table(rows, arguments)
     sys.stdout.write(text)
     if arguments.write:
