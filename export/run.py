@@ -42,7 +42,7 @@ def run_export(
         BadFileError, UnsupportedError: the int4 folder cannot be used.
         WorkError: the artifact read back does not equal the checkpoint.
     """
-    check_output(out, force=force)
+    check_output(out, force=force, made_from=(int4, *data))
     refuse_export(int4)
     with Int4Checkpoint(int4) as checkpoint:
         tokenizer = load_tokenizer(int4, checkpoint.shape.vocab_size)
