@@ -28,6 +28,7 @@ from quantize.fisher import estimate_kl
 from quantize.options import QuantizeOptions
 from quantize.recipe import Grid, QuantRecipe, default_recipe
 from quantize.rtn import round_to_nearest
+from quantize.run import run_quantize
 from quantize.sensitivity import cut_short, measure_mixes, measure_sensitivity
 from quantize.student import Student
 
@@ -199,9 +200,7 @@ def test_the_command_writes_rules_curve_and_report(
     assert manifest["recipe"]["rules"][0]["bits"] == 8
     assert {"report.html", "report.png"} <= set(manifest["files"])
     assert "Sensitivity to 4 bits" in (out / "report.html").read_text()
-    refused = nanokit("quantize", model, *common, "--bits-budget", 3, "--force")
-    assert refused.status == 2
-    assert "4.5" in refused.stderr
-    unfounded = nanokit("quantize", model, "--method", "rtn", "--bits-budget", 6, "--out", tmp_path / "other")
-    assert unfounded.status == 2
-    assert "--data" in unfounded.stderr
+    with pytest.raises(RequestError, match=r"expected: 4\.5 or more"):
+        run_quantize(model, [text], out, QuantizeOptions(bits_budget=3), force=True)
+    with pytest.raises(RequestError, match=r"--bits-budget needs calibration text.*\n.*--data.*\n.*give --data$"):
+        run_quantize(model, [], tmp_path / "other", QuantizeOptions("rtn", bits_budget=6))
