@@ -73,7 +73,7 @@ def run_cache_teacher(
     """
     going_on = is_cache(out) and not force
     if not going_on:
-        check_output(out, force=force)
+        check_output(out, force=force, made_from=(teacher,))
     config = read_config(teacher)
     shape = ModelShape.from_hf(config)
     if options.length > shape.max_positions:

@@ -75,6 +75,21 @@ class Job:
         return max([self.shape.num_parameters, *(each.shape.num_parameters for each in self.rounds)])
 
 
+def check_outputs_spare_inputs(
+    teacher: Path, data: Sequence[str | Path], outs: Sequence[Path], teacher_cache: Path | None
+) -> None:
+    """No output replaces what it is made from, not even by force.
+
+    Raises:
+        RequestError: an output folder holds the teacher, its cache or the text.
+    """
+    named = [str(source) for source in data]
+    paths = [*named, *(name.rpartition("=")[0] for name in named)]  # with its weight, and without
+    sources = [teacher, *(Path(path) for path in paths if path), *([teacher_cache] if teacher_cache else [])]
+    for out in outs:
+        check_output(out, force=True, made_from=sources)
+
+
 def check_request(data: Sequence[str | Path], outs: Sequence[Path], *, force: bool, resume: bool | None) -> None:
     """What can be refused without reading anything.
 

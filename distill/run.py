@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distill.options import DistillOptions
 from distill.parallel import World, check_together, is_lost, joined, lost_peer
-from distill.request import Job, check_request, prepare
+from distill.request import Job, check_outputs_spare_inputs, check_request, prepare
 from distill.state import StateFolder, checkpoint_folder, kept_in_words, state_folder
 from nano.errors import RequestError
 from nano.folder import require_space
@@ -69,6 +69,7 @@ def run_distill_many(
 
     def check(world: World) -> list[tuple[Job, bool]]:
         check_request(data, outs, force=force, resume=resume)
+        check_outputs_spare_inputs(teacher, data, outs, teacher_cache)
         jobs = prepare(teacher, [student for student, _out in students], data, options, teacher_cache)
         for job, out in zip(jobs, outs, strict=True):
             if world.size > 1:

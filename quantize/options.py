@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -89,21 +90,21 @@ class QuantizeOptions:
         wrong = {
             "--samples": self.samples < 0,
             "--length": self.length < 8,
-            "--damping": self.damping < 0,
+            "--damping": not 0 <= self.damping < math.inf,
             "--steps": self.steps < 0,
             "--batch": self.batch < 1,
             "--window": self.window < 8,
-            "--learning-rate": self.learning_rate < 0,
+            "--learning-rate": not 0 <= self.learning_rate < math.inf,
             "--bits-budget": not 0 <= self.bits_budget <= 32,
-            "--context": self.context < 0,
+            "--context": self.context < 0 or bool(self.context and not self.profile),
         }
         found = [name for name, bad in wrong.items() if bad]
         if found:
             raise RequestError(
                 "A number for quantize makes no sense.",
                 found=f"{found[0]} {getattr(self, found[0][2:].replace('-', '_'))}",
-                expected="a batch of 1 or more, windows of 8 tokens or more, "
-                "samples, damping, steps, learning rate, bits budget and context of 0 or more",
+                expected="a batch of 1 or more, windows of 8 tokens or more, samples, damping, steps, learning rate, "
+                "bits budget and context of 0 or more; a context only with --profile",
             )
         if self.bits_budget and self.profile:
             raise RequestError(

@@ -393,3 +393,14 @@ def test_an_existing_output_stays(stories: Path, text: Path, tmp_path: Path) -> 
     with pytest.raises(BadFileError):
         run_distill(stories, "150k", [tmp_path / "none"], tmp_path / "s", QUICK, force=True)
     assert (tmp_path / "s" / "precious").read_text() == "x"
+
+
+def test_an_output_never_replaces_its_teacher(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    teacher, text = tiny_model("llama"), tmp_path / "text.txt"
+    text.write_text("a story\n" * 50)
+    before = sorted(path.name for path in teacher.iterdir())
+    for out, data in ((teacher, str(text)), (teacher.parent, str(text)), (tmp_path, f"{text}=0.5")):
+        with pytest.raises(RequestError, match="made from"):
+            run_distill(teacher, "50k", [data], out, DistillOptions(), force=True)
+    assert sorted(path.name for path in teacher.iterdir()) == before
+    assert text.exists()

@@ -188,7 +188,17 @@ def test_the_command(tiny_model: Callable[..., Path], text: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"samples": -1}, {"length": 4}, {"damping": -0.1}, {"steps": -1}, {"batch": 0}, {"learning_rate": -0.1}]
+    "wrong",
+    [
+        {"samples": -1},
+        {"length": 4},
+        {"damping": -0.1},
+        {"damping": float("nan")},
+        {"steps": -1},
+        {"batch": 0},
+        {"learning_rate": -0.1},
+        {"context": 512},
+    ],
 )
 def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="--" + next(iter(wrong)).replace("_", "-")):
