@@ -34,6 +34,7 @@ def test_exit_statuses_are_as_documented() -> None:
         "MissingExtraError": 2,
         "WorkError": 3,
         "NoSpaceError": 3,
+        "PeerLostError": 3,
     }
 
 

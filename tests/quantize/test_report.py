@@ -107,13 +107,16 @@ def test_how_long_it_took_changes_no_byte() -> None:
     assert page(facts_of(slow, (9, 9))) == page(facts_of(fast, (9, 9)))
 
 
-def test_errors_of_zero_are_drawn(tmp_path: Path) -> None:
+def test_errors_of_zero_leave_no_curve_and_no_trouble(tmp_path: Path) -> None:
     manifest = made_up(3, budget=False)
     for table in ("relative_error", "rounding_error"):
         for name in list(manifest.results[table]):
             manifest.results[table][name] = 0.0
-    assert "<svg" in page(facts_of(manifest, (1, 1)))
+    drawn = page(facts_of(manifest, (1, 1)))
+    assert "<svg" not in drawn
+    assert "Calibration text" in drawn
     write_picture(tmp_path / "p.png", facts_of(manifest, (1, 1)))
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_picture_is_the_same_for_the_same_facts(tmp_path: Path) -> None:
