@@ -16,6 +16,7 @@ from nano.chat import ChatTemplate
 from nano.corpus import Windows, cut_windows, read_documents, sample_windows
 from nano.tokens import load_tokenizer
 from nano.torch_lm import load_float
+from quantize import suitability
 from quantize.calibrate import draw_windows
 from quantize.options import QuantizeOptions
 from quantize.student import Student
@@ -114,3 +115,21 @@ def test_the_record_is_enough_to_draw_the_same_windows(stories: Path, tinystorie
     assert again.record == first.record
     other = draw_windows([tinystories], tokenizer, QuantizeOptions(samples=12, length=100, seed=6), 512)
     assert not all(np.array_equal(a, b) for a, b in zip(first.windows.ids, other.windows.ids, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_loss_and_entropy_in_slabs_are_those_of_the_whole_model(
+    family: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suitability, "SLAB", 97)  # does not divide the vocabulary
+    folder = tiny_model(family, initializer_range=0.2)
+    windows = [torch.randint(3, 300, (length,)) for length in (24, 17)]
+    whole, loss, entropy = load_float(folder), 0.0, 0.0
+    for window in windows:
+        with torch.no_grad():
+            log_p_PV = whole(window[None]).logits[0, :-1].double().log_softmax(-1)
+        loss -= float(log_p_PV.gather(1, window[1:, None]).sum())
+        entropy -= float((log_p_PV.exp() * log_p_PV).sum())
+    with Student(folder, 32) as student:
+        found = suitability._loss(student, windows)
+    assert found == (pytest.approx(loss, rel=1e-4), pytest.approx(entropy, rel=1e-4), 39)
