@@ -56,6 +56,8 @@ def run(argv: list[str] | None = None) -> int:
         from nano.quiet import hush
 
         hush()
+        if not {"--help", "-h"}.isdisjoint(words):
+            app.help_format = "markdown"  # joins the lines of a docstring's paragraph; worth its imports here
     try:
         result = app(words, exit_on_error=False, print_error=True)
     except NanokitError as error:

@@ -34,7 +34,7 @@ def quantize(
     student
         A float model: a folder, or a hub id.
     data
-        Calibration text (plain text, or JSONL with "text"); may be repeated. rtn needs none.
+        Calibration text: a file (plain text, JSONL, parquet) or a folder of files; may be repeated. rtn needs none.
     out
         The folder to make.
     rules
