@@ -1,4 +1,4 @@
-"""`nanokit export`."""
+"""`nanokit export`, `nanokit verify`."""
 
 from __future__ import annotations
 
@@ -51,6 +51,53 @@ def export(
     else:
         _print(facts, manifest.files)
     return 0
+
+
+def verify(
+    folder: Path,
+    /,
+    *,
+    against: Path | None = None,
+    json: Annotated[bool, Negative] = False,
+) -> int:
+    """Check every file of a folder against its manifest's hashes, and a bundle's weights against its int4 checkpoint.
+
+    Exit status 1 names the first file or tensor that differs.
+
+    Parameters
+    ----------
+    folder
+        A bundle, or any other folder that nanokit made.
+    against
+        The int4 folder that a bundle was made from: every code and scale is read back from the model file and compared.
+    json
+        Print what was checked and found as one JSON object.
+    """
+    from dataclasses import asdict
+
+    from export.verify import require_verified, summary, verify_bundle
+    from nano.progress import emit_json, show, warn
+
+    verification = verify_bundle(folder, against)
+    if json:
+        emit_json({"folder": str(folder), "ok": verification.ok, **asdict(verification)})
+    require_verified(verification, folder)
+    for name in verification.unlisted[:5]:
+        warn(f"'{name}' is not named in the manifest: nothing vouches for it")
+    if verification.same_checkpoint is False:
+        warn(f"{against} is not the very folder that the manifest names, though its codes and scales are the same")
+    if not json:
+        show(_grid(summary(verification)))
+    return 0
+
+
+def _grid(rows: list[tuple[str, str]]) -> Any:
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _print(facts: dict[str, Any], files: Any) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "cache-teacher": ("distill.command:cache_teacher", "Keep a teacher's answers, to train students from."),
     "quantize": ("quantize.command:quantize", "Quantize a student to packed int4."),
     "export": ("export.command:export", "Write an int4 student as an ExecuTorch or ONNX bundle."),
+    "verify": ("export.command:verify", "Check hashes, and a bundle's codes against its int4 checkpoint."),
     "check": ("device_profiles.command:check", "Check a bundle's memory against a phone's budget."),
     "evaluate": ("nano.command:evaluate", "Perplexity, and divergence from a reference, of any stage."),
     "generate": ("nano.command:generate", "Continue a prompt with any stage's model."),

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nano.errors import NoSpaceError, OutputExistsError, RequestError
@@ -140,10 +140,11 @@ def write_text_atomically(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in 1 MiB pieces."""
+def sha256_file(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
+    """Hex sha256 of a file, read in 1 MiB pieces; `advance` hears how many bytes each piece had."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(MIB):
             digest.update(piece)
+            advance(len(piece))
     return digest.hexdigest()

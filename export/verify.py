@@ -1,0 +1,247 @@
+"""`nanokit verify`: is a folder what its manifest says, and does a bundle hold its checkpoint's very codes?
+
+Two questions, asked apart. The first needs no library: every file that manifest.json names is there, of the recorded
+length and sha256. The second reads codes and scales back out of the artifact (`export.bundle.read_codes`) and compares
+them with the int4 checkpoint's, tensor by tensor; torch is imported for it alone.
+
+manifest.json itself is not signed: whoever can change the files can change it too. So it guards against damage and
+mix-ups, and where a trusted copy of it exists (a registry's digest), against everything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from nano.errors import BadFileError, CheckFailedError, RequestError
+from nano.folder import MIB, human_bytes, sha256_file
+from nano.manifest import NAME, Manifest, fingerprint, read_manifest
+from nano.progress import track
+
+if TYPE_CHECKING:
+    from export.bundle import Exactness
+
+BUNDLES = ("executorch", "onnx")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One file that is not what the manifest says.
+
+    Attributes:
+        file: path within the folder.
+        problem: "missing", "size" or "sha256".
+        found, expected: in plain words.
+    """
+
+    file: str
+    problem: str
+    found: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """One step of a folder's history, as its manifest tells it.
+
+    Attributes:
+        role: what it was to the step after it, for instance "int4" or "teacher".
+        kind: the stage that made it; empty where it had no manifest of its own.
+        path: where it lay then.
+        fingerprint: hex sha256 over its files (`nano.manifest.fingerprint`).
+        depth: 1 for the folder's own inputs, 2 for theirs, ...
+    """
+
+    role: str
+    kind: str
+    path: str
+    fingerprint: str
+    depth: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked, and what was found.
+
+    Attributes:
+        kind: the stage that made the folder.
+        fingerprint: the folder's own, of the manifest's hashes.
+        files, bytes: how many were hashed.
+        faults: files that are not what the manifest says.
+        unlisted: files that the manifest does not name.
+        history: inputs, and their inputs, as far as recorded.
+        exact: the comparison with an int4 checkpoint, where one was given.
+        same_checkpoint: whether that checkpoint has the fingerprint that the manifest names; None without one.
+    """
+
+    kind: str
+    fingerprint: str
+    files: int
+    bytes: int
+    faults: tuple[Fault, ...] = ()
+    unlisted: tuple[str, ...] = ()
+    history: tuple[Ancestor, ...] = ()
+    exact: Exactness | None = None
+    same_checkpoint: bool | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults and not (self.exact and self.exact.differing)
+
+
+def verify_bundle(folder: Path, against: Path | None = None) -> Verification:
+    """Hash every file of a stage's output against its manifest; compare a bundle with its int4 checkpoint.
+
+    Nothing is raised for files or tensors that differ: see `Verification.ok`, and `require_verified` for an error.
+
+    Args:
+        folder: any folder with a manifest.json.
+        against: an int4 folder; for bundles only. Without it torch is not imported.
+
+    Raises:
+        BadFileError: no manifest, one of a form that is not known, or (with `against`) a broken folder.
+        RequestError: `against` for a folder that is no bundle.
+        UnsupportedError, MissingExtraError: see `export.bundle.read_codes`.
+    """
+    manifest = read_manifest(folder)
+    if against is not None and manifest.kind not in BUNDLES:
+        raise RequestError(
+            "Only a bundle's tensors can be compared with an int4 checkpoint's.",
+            found=f"{folder} is of kind '{manifest.kind}'",
+            expected=f"one of kind {' or '.join(BUNDLES)}",
+            todo="leave --against out: the files' hashes are checked for every kind",
+        )
+    entries = _entries(manifest, folder)
+    faults = tuple(_faults(folder, entries))
+    exact, same = None, None
+    if against is not None and not faults:
+        exact, same = _compare(folder, manifest, against)
+    return Verification(
+        kind=manifest.kind,
+        fingerprint=fingerprint(folder),
+        files=len(entries),
+        bytes=sum(size for size, _ in entries.values()),
+        faults=faults,
+        unlisted=_unlisted(folder, entries),
+        history=tuple(_history(manifest.inputs)),
+        exact=exact,
+        same_checkpoint=same,
+    )
+
+
+def require_verified(verification: Verification, folder: Path) -> None:
+    """Raise for the first thing that is wrong, and say how many there are.
+
+    Raises:
+        CheckFailedError: a file or a tensor differs.
+    """
+    if verification.faults:
+        first, count = verification.faults[0], len(verification.faults)
+        raise CheckFailedError(
+            f"{folder} is not what its manifest says: {count} of {verification.files} files.",
+            found=f"'{first.file}': {first.found}",
+            expected=first.expected,
+            todo="copy the folder again, or make it again",
+        )
+    exact = verification.exact
+    if exact is not None and exact.differing:
+        raise CheckFailedError(
+            "The bundle does not hold the checkpoint's codes and scales.",
+            found=f"{len(exact.differing)} of {exact.modules} tensors differ, the first is '{exact.differing[0]}'",
+            todo="name the int4 folder that it was made from, or export it again",
+        )
+
+
+def _entries(manifest: Manifest, folder: Path) -> dict[str, tuple[int, str]]:
+    """Files that the manifest names, with their sizes and hashes; each must lie within the folder."""
+    entries = {}
+    for name, entry in _mapping(manifest.files).items() or [("files", manifest.files)]:
+        parts = PurePosixPath(name).parts
+        within = bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name
+        size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, Mapping) else (None, None)
+        if not within or not isinstance(size, int) or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+            raise BadFileError(
+                "manifest.json names a file in a form that is not known.",
+                found=f"{folder / NAME}: {name!r}: {entry!r}",
+                expected='a path within the folder, {"sha256": 64 hex digits, "bytes": a number}',
+            )
+        entries[name] = (size, sha256)
+    return entries
+
+
+def _faults(folder: Path, entries: Mapping[str, tuple[int, str]]) -> Iterator[Fault]:
+    """Files that differ, by presence and length before anything is read."""
+    whole = []
+    for name, (size, sha256) in entries.items():
+        path = folder / name
+        if not path.is_file():
+            yield Fault(name, "missing", "no such file", f"{size:,} bytes")
+        elif path.stat().st_size != size:
+            yield Fault(name, "size", f"{path.stat().st_size:,} bytes", f"{size:,} bytes")
+        else:
+            whole.append((name, size, sha256))
+    with track("hash", sum(size for _, size, _ in whole) // MIB or 1, "MiB") as progress:
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if done // MIB > progress.done:
+                progress.advance(done // MIB - progress.done)
+
+        for name, _, sha256 in whole:
+            found = sha256_file(folder / name, advance)
+            if found != sha256:
+                yield Fault(name, "sha256", f"sha256 {found}", f"sha256 {sha256}")
+
+
+def _unlisted(folder: Path, entries: Mapping[str, Any]) -> tuple[str, ...]:
+    found = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
+    return tuple(name for name in found if name != NAME and name not in entries)
+
+
+def _history(inputs: Any, depth: int = 1) -> Iterator[Ancestor]:
+    """What the folder was made of, nearest first, each followed by its own inputs."""
+    for role, entry in _mapping(inputs).items():
+        theirs = _mapping(_mapping(entry).get("manifest"))
+        path, digest = (str(_mapping(entry).get(key, "")) for key in ("path", "fingerprint"))
+        yield Ancestor(role, str(theirs.get("kind", "")), path, digest, depth)
+        yield from _history(theirs.get("inputs"), depth + 1)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """The value itself where it is a mapping, else an empty one: a manifest may come from anyone."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _compare(folder: Path, manifest: Manifest, against: Path) -> tuple[Exactness, bool]:
+    """Codes and scales of the artifact against the checkpoint's; and whether it is the one the manifest names."""
+    from export.bundle import FORMATS, compare_codes
+    from quantize.packed import Int4Checkpoint
+
+    format = next(one for one in FORMATS if one == manifest.kind)
+    with Int4Checkpoint(against) as checkpoint:
+        exact = compare_codes(folder, format, checkpoint)
+    recorded = _mapping(_mapping(manifest.inputs).get("int4")).get("fingerprint")
+    return exact, fingerprint(against) == recorded
+
+
+def summary(verification: Verification) -> list[tuple[str, str]]:
+    """The verification as rows for people: what was checked, and what was found."""
+    rows = [
+        ("kind", verification.kind),
+        ("files as the manifest says", f"{verification.files}, {human_bytes(verification.bytes)}"),
+        ("fingerprint", verification.fingerprint[:16]),
+    ]
+    if verification.exact is not None:
+        exact = verification.exact
+        rows.append(("codes and scales as in the checkpoint", f"{exact.codes:,} codes in {exact.modules} tensors: all"))
+    for ancestor in verification.history:
+        kind = f" ({ancestor.kind})" if ancestor.kind and ancestor.kind != ancestor.role else ""
+        rows.append((f"{'  ' * (ancestor.depth - 1)}made from {ancestor.role}{kind}", f"{ancestor.fingerprint[:16]}, {ancestor.path}"))  # noqa: E501  # fmt: skip
+    return rows
