@@ -10,6 +10,7 @@ from typing import Any
 
 from nano.errors import NoSpaceError, require_module
 from nano.folder import is_no_space
+from quantize.picture import blank_figure
 
 CURVES = "curves.png"
 
@@ -26,7 +27,7 @@ class Events:
         self._writer: Any = None
         if folder is None:
             return
-        module = require_module("tensorboard.summary.writer.event_file_writer", "curves")
+        module = require_module("tensorboard.summary.writer.event_file_writer", "tensorboard")
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         self._writer = module.EventFileWriter(str(folder))
@@ -72,20 +73,10 @@ def flat(record: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def draw_curves(metrics: Path, out: Path) -> bool:
-    """Loss, divergence, cross-entropy, gradient norm and learning rate by step, as a PNG.
-
-    Returns:
-        whether it was drawn: matplotlib is there.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return False
+def draw_curves(metrics: Path, out: Path) -> None:
+    """Loss, divergence, cross-entropy, gradient norm and learning rate by step, as a PNG."""
     records = [(r["step"], flat(r)) for r in map(json.loads, metrics.read_text(encoding="utf-8").splitlines())]
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure((11, 6), 110)
     names = ("loss", "kl", "ce", "gradient_norm", "learning_rate")
     titles = ("loss", "divergence from the teacher", "cross-entropy", "gradient norm", "learning rate")
     for axis, name, title in zip(figure.subplots(2, 3).flat, names, titles, strict=False):
@@ -98,5 +89,4 @@ def draw_curves(metrics: Path, out: Path) -> bool:
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     figure.axes[-1].set_axis_off()
-    figure.savefig(out, dpi=110, metadata={"Software": None})
-    return True
+    figure.savefig(out, metadata={"Software": None})

@@ -46,7 +46,7 @@ def make_optimizer(parameters: Sequence[torch.nn.Parameter], options: DistillOpt
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=FUSED_OPTIMIZER)
-    made: Any = getattr(require_module("bitsandbytes", "gpu").optim, _BITSANDBYTES[options.optimizer])
+    made: Any = getattr(require_module("bitsandbytes", "bnb").optim, _BITSANDBYTES[options.optimizer])
     optimizer: torch.optim.Optimizer = made(groups, lr=0.0, betas=BETAS)
     return optimizer
 
@@ -65,9 +65,9 @@ def check_means(options: DistillOptions, device: str) -> None:
                 "bitsandbytes' optimizers run on an NVIDIA GPU only.", found=f"--optimizer {options.optimizer}, no GPU",
                 todo="use --optimizer adamw",
             )  # fmt: skip
-        require_module("bitsandbytes", "gpu")
+        require_module("bitsandbytes", "bnb")
     if options.tensorboard:
-        require_module("tensorboard.summary.writer.event_file_writer", "curves")
+        require_module("tensorboard.summary.writer.event_file_writer", "tensorboard")
     if options.compile and device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise RequestError("--compile needs a C++ compiler on the CPU.", found="neither g++ nor clang++",
                            todo="install one, or leave --compile out")  # fmt: skip

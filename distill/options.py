@@ -62,7 +62,7 @@ class DistillOptions:
         calibration_tokens: training text that importance is measured on.
         save_every: steps between checkpoints; 0 means every two minutes (and always when interrupted).
         keep: the weights that become the student: "last", or "best" on held-out text, measured every `eval_every`.
-        curves: draw curves.png at the end, where matplotlib is installed.
+        curves: draw curves.png at the end.
         tensorboard: a folder for TensorBoard events while training; "" writes none.
     """
 

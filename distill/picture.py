@@ -5,25 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.picture import AFTER, BEFORE, CHOSEN, INK, MUTED, quiet
+from quantize.picture import AFTER, BEFORE, CHOSEN, INK, MUTED, blank_figure, quiet
 
 if TYPE_CHECKING:
     from distill.report import Facts
 
 
-def write_picture(path: Path, facts: Facts) -> bool:
-    """Draw the report's figures as a PNG of 1,650 pixels' width.
-
-    Returns:
-        whether it was drawn: matplotlib is there.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return False
-    figure = Figure(figsize=(11, 4.2), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+def write_picture(path: Path, facts: Facts) -> None:
+    """Draw the report's figures as a PNG of 1,650 pixels' width."""
+    figure = blank_figure((11, 4.2), 150)
     trained = facts.results["held_out"]["trained"]
     title = f"{facts.title}: cross-entropy {trained['cross_entropy']:.3f}, KL {trained['kl']:.3f} nats a token"
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, color=INK)
@@ -34,7 +24,6 @@ def write_picture(path: Path, facts: Facts) -> bool:
         quiet(panel)
         panel.tick_params(axis="x", labelcolor=MUTED)
     figure.savefig(path, metadata={"Software": None})
-    return True
 
 
 def _draw_loss(panel: Any, facts: Facts) -> None:

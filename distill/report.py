@@ -18,7 +18,7 @@ from typing import Any
 from distill.state import METRICS
 from nano.manifest import Manifest
 from quantize.charts import Series, line_chart, log_ticks, number
-from quantize.page import STYLE
+from quantize.page import html_page
 
 PAGE, PICTURE = "report.html", "report.png"
 
@@ -96,7 +96,7 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def write_report(folder: Path, manifest: Manifest, *, picture: bool) -> None:
-    """Draw report.html, and report.png where matplotlib is installed.
+    """Draw report.html, and report.png beside it.
 
     Args:
         folder: the student's; holds metrics.jsonl where it was trained.
@@ -115,13 +115,7 @@ def write_report(folder: Path, manifest: Manifest, *, picture: bool) -> None:
 
 def page(facts: Facts) -> str:
     """The whole HTML page."""
-    parts = [_figures(facts), _loss(facts), _cuts(facts), _text(facts)]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(facts.title)}</title><style>{STYLE}</style></head><body><main>"
-        f"<h1>{escape(facts.title)}</h1>\n" + "\n".join(parts) + "</main></body></html>\n"
-    )
+    return html_page(facts.title, [_figures(facts), _loss(facts), _cuts(facts), _text(facts)])
 
 
 def _figures(facts: Facts) -> str:

@@ -301,8 +301,8 @@ def _write(folder: Path, assignment: Assignment, pupil: Pupil, trained: Comparis
         (folder / CUT).write_text(json.dumps(facts["kept"], separators=(",", ":")) + "\n", encoding="utf-8")
     if state.metrics_bytes():
         (folder / METRICS).write_bytes((state.folder / METRICS).read_bytes())
-        if job.options.curves and not draw_curves(folder / METRICS, folder / CURVES):
-            say("no curves.png: pip install 'nanokit[curves]'")
+        if job.options.curves:
+            draw_curves(folder / METRICS, folder / CURVES)
     manifest = Manifest(
         kind="student",
         inputs={"teacher": input_entry(job.teacher), **_given_entry(job), **_cache_entry(job)},

@@ -27,7 +27,7 @@ import torch
 
 from nano.families import EMBEDDING, FINAL_NORM, HEAD, LAYER_LINEARS, family_of, layer_prefix
 from nano.progress import track
-from quantize.layers import Hidden, embed, load_layer, run_layer
+from quantize.layers import Hidden, advance, embed, load_layer, run_layer
 from quantize.student import Student
 
 LOGITS_AT_ONCE = 1 << 25
@@ -57,7 +57,7 @@ def estimate_kl(
         for layer in range(layers):
             kept.append(hidden.x_STD.clone())
             model = load_layer(student, layer, device)
-            _forward(model, hidden, device)
+            advance(model, hidden, device)
             bar.advance()
         slope_STD = output_slope(student, hidden, seed)
         for layer in reversed(range(layers)):
@@ -74,12 +74,6 @@ def estimate_kl(
     return {name: [value / positions for value in found[name]] for name in changes}
 
 
-@torch.no_grad()
-def _forward(model: Any, hidden: Hidden, device: torch.device) -> None:
-    for part, _ in hidden.batches():
-        hidden.x_STD[part] = run_layer(model, hidden.x_STD[part].to(device)).to(hidden.x_STD.device)
-
-
 @dataclass(frozen=True)
 class Output:
     """The final norm and the head.
@@ -87,7 +81,7 @@ class Output:
     Attributes:
         gain_D: what the normalised state is multiplied by.
         epsilon: added to the mean square.
-        head_VD: the head's weight.
+        head_VD: the head's weight, as it is stored.
     """
 
     gain_D: torch.Tensor
@@ -100,12 +94,11 @@ class Output:
         name = EMBEDDING if student.shape.tied else HEAD
         gain_D = student.tensor(FINAL_NORM + ".weight").float() + family_of(student.shape.family).norm_offset
         epsilon = float(student.config.get("rms_norm_eps", 1e-6))
-        return cls(gain_D, epsilon, student.tensor(name + ".weight").float())
+        return cls(gain_D, epsilon, student.tensor(name + ".weight"))
 
-    def logits(self, x_PD: torch.Tensor) -> torch.Tensor:
-        """(P, V) of the last layer's outputs (P, D)."""
-        normed_PD = x_PD * torch.rsqrt(x_PD.square().mean(-1, keepdim=True) + self.epsilon) * self.gain_D
-        return normed_PD @ self.head_VD.T
+    def normed(self, x_PD: torch.Tensor) -> torch.Tensor:
+        """What the head sees of the last layer's outputs (P, D)."""
+        return x_PD * torch.rsqrt(x_PD.square().mean(-1, keepdim=True) + self.epsilon) * self.gain_D
 
 
 def output_slope(student: Student, hidden: Hidden, seed: int) -> torch.Tensor:
@@ -116,9 +109,10 @@ def output_slope(student: Student, hidden: Hidden, seed: int) -> torch.Tensor:
     real_P = (torch.arange(positions)[None] < length_S1).flatten()
     x_PD = hidden.x_STD.reshape(-1, width)
     slope_PD = torch.zeros_like(x_PD)
-    for rows in torch.split(real_P.nonzero().flatten(), max(1, LOGITS_AT_ONCE // len(output.head_VD))):
+    head_VD = output.head_VD.float()
+    for rows in torch.split(real_P.nonzero().flatten(), max(1, LOGITS_AT_ONCE // len(head_VD))):
         x_rD = x_PD[rows].requires_grad_()
-        logits_rV = output.logits(x_rD)
+        logits_rV = output.normed(x_rD) @ head_VD.T
         root_rV = logits_rV.detach().softmax(-1).sqrt()
         v_rV = torch.randn(root_rV.shape, generator=generator)
         direction_rV = root_rV * (v_rV - root_rV * (root_rV * v_rV).sum(-1, keepdim=True))

@@ -96,12 +96,19 @@ def load_layer(student: Student, layer: int, device: torch.device | None = None)
     return model.to(device or "cpu").eval().requires_grad_(False)
 
 
-def _skeleton(config: dict[str, Any], shape: ModelShape, layer: int) -> Any:
-    """A one-layer model whose weights are not there yet; buffers (rotary frequencies) are."""
-    from transformers import AutoConfig, AutoModel
+def transformers_config(config: dict[str, Any], family: str) -> Any:
+    """config.json as transformers' object of a family, without the type that the weights are stored in."""
+    from transformers import AutoConfig
 
     plain = {key: value for key, value in config.items() if key not in ("model_type", "dtype", "torch_dtype")}
-    one = AutoConfig.for_model(shape.family, **copy.deepcopy(plain))
+    return AutoConfig.for_model(family, **copy.deepcopy(plain))
+
+
+def _skeleton(config: dict[str, Any], shape: ModelShape, layer: int) -> Any:
+    """A one-layer model whose weights are not there yet; buffers (rotary frequencies) are."""
+    from transformers import AutoModel
+
+    one = transformers_config(config, shape.family)
     one.num_hidden_layers = 1
     if getattr(one, "layer_types", None) is not None:
         one.layer_types = [shape.layer_types[layer]]

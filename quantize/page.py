@@ -1,4 +1,12 @@
-"""The style sheet of the quantization report."""
+"""The page that reports are: one self-contained HTML file, its style sheet inside.
+
+For light and dark, narrow and wide; no scripts, nothing loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --muted: #667078; --line: #e3e6e8; --page: #fff;
@@ -55,3 +63,13 @@ tr.chosen td { color: var(--chosen); font-weight: 600; }
   .heat { max-width: 820px; font-size: .8rem; } .heat td, .heat th { padding: 4px 8px; }
 }
 """
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """A whole page: its title, then sections of HTML."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
+        f"<h1>{escape(title)}</h1>\n" + "\n".join(parts) + "</main></body></html>\n"
+    )

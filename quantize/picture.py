@@ -14,13 +14,19 @@ if TYPE_CHECKING:
 BEFORE, AFTER, CHOSEN, INK, MUTED = "#9aa3aa", "#2563c9", "#c2570c", "#1c2024", "#667078"
 
 
-def write_picture(path: Path, facts: Facts) -> None:
-    """Draw the report's curves as a PNG of 1,800 pixels' width."""
+def blank_figure(inches: tuple[float, float], dpi: int) -> Any:
+    """A white figure that draws without a screen and without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6.2), dpi=150, facecolor="white", layout="constrained")
+    figure = Figure(figsize=inches, dpi=dpi, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def write_picture(path: Path, facts: Facts) -> None:
+    """Draw the report's curves as a PNG of 1,800 pixels' width."""
+    figure = blank_figure((12, 6.2), 150)
     figure.suptitle(_title(facts), x=0.012, ha="left", fontsize=13, color=INK)
     axes = figure.subplots(2, 4)
     solved = dict(facts.before) != dict(facts.after)

@@ -26,10 +26,7 @@ from quantize.journal import Journal
 from quantize.options import QuantizeOptions
 from quantize.student import Student
 from quantize.trainable import BETAS, TrainableLinear, harden, trainable_groups
-from quantize.whole import whole_model
-
-LOGITS_AT_ONCE = 1 << 26
-"""Numbers of logits in one forward pass; larger batches are accumulated in parts."""
+from quantize.whole import padded, parts_of, whole_model
 
 MOST_HELD_BACK = 32
 """Windows are enough to tell a better model from a worse one: on stories260K the two differ by a third or more."""
@@ -175,25 +172,17 @@ def _accumulate(teacher: Any, model: Any, batch: list[torch.Tensor]) -> float:
     """Gradient of the batch's mean KL, in parts that fit; gives the KL."""
     positions = sum(len(window) for window in batch)
     total = 0.0
-    for part in _parts(batch, model.config.vocab_size):
+    for part in parts_of(batch, model.config.vocab_size):
         loss = kl_sum(teacher, model, part) / positions
         torch.autograd.backward(loss)
         total += float(loss.detach())
     return total
 
 
-def _parts(windows: list[torch.Tensor], vocab_size: int) -> list[list[torch.Tensor]]:
-    longest = max(len(window) for window in windows)
-    count = max(1, LOGITS_AT_ONCE // (longest * vocab_size))
-    return [windows[i : i + count] for i in range(0, len(windows), count)]
-
-
 def kl_sum(teacher: Any, model: Any, windows: list[torch.Tensor]) -> torch.Tensor:
     """KL from the teacher's to the model's next-token distribution, summed over the windows' positions."""
     device = next(teacher.parameters()).device
-    ids_BT = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True).to(device)
-    lengths_B1 = torch.tensor([len(window) for window in windows], device=device)[:, None]
-    real_BT = torch.arange(ids_BT.shape[1], device=device)[None] < lengths_B1
+    ids_BT, real_BT = padded(windows, device)
     with torch.no_grad():
         wanted_BTV = teacher(input_ids=ids_BT, use_cache=False).logits.log_softmax(-1)
     given_BTV = model(input_ids=ids_BT, use_cache=False).logits.log_softmax(-1)
@@ -204,5 +193,5 @@ def kl_sum(teacher: Any, model: Any, windows: list[torch.Tensor]) -> torch.Tenso
 @torch.no_grad()
 def mean_kl(teacher: Any, model: Any, windows: list[torch.Tensor]) -> float:
     """Mean KL in nats a position over some windows."""
-    parts = _parts(windows, model.config.vocab_size)
+    parts = parts_of(windows, model.config.vocab_size)
     return sum(float(kl_sum(teacher, model, part)) for part in parts) / sum(len(window) for window in windows)

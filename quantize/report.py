@@ -18,7 +18,7 @@ from nano.folder import human_bytes
 from nano.manifest import Manifest
 from quantize.charts import cell, heat, line_chart, log_ticks, number, percent
 from quantize.options import STEPS
-from quantize.page import STYLE
+from quantize.page import html_page
 
 PAGE, PICTURE = "report.html", "report.png"
 
@@ -111,13 +111,7 @@ def page(facts: Facts) -> str:
     if facts.sensitivity:
         parts += [_sensitivity(facts)]
     parts += [_grids(facts), _calibration(facts)]
-    title = f"{facts.title} in int4"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
-        f"<h1>{escape(title)}</h1>\n" + "\n".join(parts) + "</main></body></html>\n"
-    )
+    return html_page(f"{facts.title} in int4", parts)
 
 
 def _figures(facts: Facts) -> str:

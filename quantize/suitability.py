@@ -30,9 +30,9 @@ from typing import Any
 import torch
 
 from nano.corpus import Windows
-from nano.families import EMBEDDING, FINAL_NORM, HEAD, family_of
 from nano.progress import warn
 from nano.tokens import TextTokenizer
+from quantize.fisher import Output
 from quantize.layers import advance, embed, load_layer
 from quantize.student import Student
 
@@ -192,11 +192,8 @@ def _loss_and_entropy(student: Student, x_PD: torch.Tensor, target_P: torch.Tens
     The head is read in slabs of the vocabulary, with a running maximum and sums of exponentials: 262,144 ids times
     2,048 channels are 2 GiB in float32, and their logits as much again.
     """
-    shape = student.shape
-    gain_D = student.tensor(FINAL_NORM + ".weight").float() + family_of(shape.family).norm_offset
-    epsilon = float(student.config.get("rms_norm_eps", 1e-6))
-    normed_PD = x_PD * torch.rsqrt(x_PD.square().mean(-1, keepdim=True) + epsilon) * gain_D
-    head_VD = student.tensor((EMBEDDING if shape.tied else HEAD) + ".weight")
+    output = Output.of(student)
+    normed_PD, head_VD = output.normed(x_PD), output.head_VD
     most_P = torch.full(target_P.shape, -torch.inf)
     total_P, weighted_P, hit_P = (torch.zeros(target_P.shape) for _ in range(3))
     for start in range(0, len(head_VD), SLAB):

@@ -149,7 +149,6 @@ def test_the_best_weights_are_kept(stories: Path, text: Path, tmp_path: Path) ->
 
 def test_curves_and_events(stories: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    pytest.importorskip("matplotlib")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     options = replace(QUICK, eval_every=3, tensorboard=str(tmp_path / "events"))

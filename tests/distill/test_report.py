@@ -116,11 +116,10 @@ def test_an_untrained_student_has_no_curve() -> None:
 
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_the_picture_is_the_same_for_the_same_facts(rounds: int, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     manifest, records = made_up(rounds, "pruned" if rounds else "random")
     slow = Manifest(**{**vars(manifest), "results": {**manifest.results, "train_seconds": 1e4}})
     for name, told in (("a.png", manifest), ("b.png", slow)):
-        assert write_picture(tmp_path / name, facts_of(told, records))
+        write_picture(tmp_path / name, facts_of(told, records))
     data = (tmp_path / "a.png").read_bytes()
     assert struct.unpack(">II", data[16:24]) == (1650, 630)
     assert data == (tmp_path / "b.png").read_bytes()
