@@ -127,7 +127,7 @@ def verify_bundle(folder: Path, against: Path | None = None) -> Verification:
         files=len(entries),
         bytes=sum(size for size, _ in entries.values()),
         faults=faults,
-        unlisted=_unlisted(folder, entries),
+        unlisted=unlisted_files(folder, manifest),
         history=tuple(_history(manifest.inputs)),
         exact=exact,
         same_checkpoint=same,
@@ -200,9 +200,10 @@ def _faults(folder: Path, entries: Mapping[str, tuple[int, str]]) -> Iterator[Fa
                 yield Fault(name, "sha256", f"sha256 {found}", f"sha256 {sha256}")
 
 
-def _unlisted(folder: Path, entries: Mapping[str, Any]) -> tuple[str, ...]:
+def unlisted_files(folder: Path, manifest: Manifest) -> tuple[str, ...]:
+    """Files below a folder that its manifest does not name."""
     found = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
-    return tuple(name for name in found if name != NAME and name not in entries)
+    return tuple(name for name in found if name != NAME and name not in manifest.files)
 
 
 def _history(inputs: Any, depth: int = 1) -> Iterator[Ancestor]:
