@@ -95,7 +95,7 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        _replace(partial, out.absolute())
+        replace_folder(partial, out.absolute())
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if is_no_space(error):
@@ -117,7 +117,7 @@ def is_no_space(error: BaseException) -> bool:
     return "No space left on device" in str(error) or any(f"(os error {n})" in str(error) for n in numbers)  # Rust's
 
 
-def _replace(new: Path, out: Path) -> None:
+def replace_folder(new: Path, out: Path) -> None:
     """Put `new` in `out`'s place; an older `out` is moved aside first and put back if that fails."""
     if not out.exists():
         new.rename(out)
