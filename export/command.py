@@ -1,4 +1,4 @@
-"""`nanokit export`, `nanokit verify`."""
+"""`nanokit export`, `nanokit verify`, `nanokit bench`."""
 
 from __future__ import annotations
 
@@ -88,6 +88,59 @@ def verify(
         warn(f"{against} is not the very folder that the manifest names, though its codes and scales are the same")
     if not json:
         show(_grid(summary(verification)))
+    return 0
+
+
+def bench(
+    bundle: Path,
+    /,
+    *,
+    threads: int = 0,
+    context: int = 256,
+    decode: int = 32,
+    repeat: int = 3,
+    record: Annotated[bool, Negative] = False,
+    json: Annotated[bool, Negative] = False,
+) -> int:
+    """Measure a bundle's speed and memory in its own runtime, each repeat in a fresh process.
+
+    Figures are medians, with the least and the most. Decoding is also told as a fraction of its limit: how fast this
+    machine reads memory, measured in the same run with as many threads.
+
+    Parameters
+    ----------
+    bundle
+        The folder that nanokit export wrote.
+    threads
+        Threads of the runtime; 0 means all cores.
+    context
+        Tokens of the prompt (random ones): prefill takes them, decoding begins behind them.
+    decode
+        Tokens decoded after the prompt.
+    repeat
+        How many fresh processes.
+    record
+        Keep the figures in the bundle's manifest.json, under results.
+    json
+        Print the figures as one JSON object; seconds, bytes, tokens a second.
+    """
+    from rich.table import Table
+
+    from export.bench import as_dict, rows, run_bench
+    from nano.manifest import add_results
+    from nano.progress import emit_json, show
+
+    found = run_bench(bundle, threads=threads, prompt=context, decode=decode, repeat=repeat)
+    if record:
+        add_results(bundle, {"bench": as_dict(found)})
+    if json:
+        emit_json({"bundle": str(bundle), **as_dict(found)})
+        return 0
+    title = f"{found.runtime}, {found.threads} threads, {found.repeat} processes; {found.machine}"
+    table = Table("", "median", "least to most", title=title)
+    for row in rows(found):
+        table.add_row(*row)
+    show(table)
     return 0
 
 

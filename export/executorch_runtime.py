@@ -98,14 +98,29 @@ def _constant(program: Any, method: str) -> int:
     return int(program.load_method(method).execute(())[0])
 
 
-def _load_kernels() -> None:
+def load_kernels() -> None:
     """Register the operators that a program of ours calls besides the portable ones; an import does it."""
     require_module("executorch.kernels.quantized", "executorch")
     require_module("executorch.extension.llm.custom_ops.custom_ops", "executorch")
 
 
-def open_executorch(folder: Path) -> ExecutorchModel:
+def set_threads(count: int) -> None:
+    """Give ExecuTorch's thread pool so many threads, before anything is loaded. Its own choice is the fast cores.
+
+    Raises:
+        MissingExtraError: executorch is not installed.
+    """
+    library = require_module("executorch.extension.pybindings.portable_lib", "executorch")
+    if library._threadpool_get_thread_count() != count:
+        library._unsafe_reset_threadpool(count)
+
+
+def open_executorch(folder: Path, tokenizer: TextTokenizer | None = None) -> ExecutorchModel:
     """A .pte bundle behind the `LanguageModel` protocol.
+
+    Args:
+        folder: the bundle.
+        tokenizer: the bundle's, where it is open already.
 
     Raises:
         BadFileError: a file is missing, truncated or not a program of ours.
@@ -114,10 +129,10 @@ def open_executorch(folder: Path) -> ExecutorchModel:
     check_whole(folder)
     with silenced():
         runtime = require_module("executorch.runtime", "executorch")
-        _load_kernels()
+        load_kernels()
         try:
             program = runtime.Runtime.get().load_program(folder / MODEL)
-            model = ExecutorchModel(program, load_tokenizer(folder))
+            model = ExecutorchModel(program, tokenizer or load_tokenizer(folder))
             model.prefill([0])  # the first call starts the thread pool, which talks; the next prefill forgets it
         except RuntimeError as error:
             raise BadFileError("ExecuTorch cannot read this bundle.", found=f"{folder / MODEL}: {error}") from None
@@ -141,7 +156,7 @@ def run_llm_runner(folder: Path, prompt: str, max_new_tokens: int) -> str:
     pieces: list[str] = []
     with silenced():
         runner = require_module("executorch.extension.llm.runner", "executorch")
-        _load_kernels()
+        load_kernels()
         try:
             loaded = runner.TextLLMRunner(str(folder / MODEL), str(folder / TOKENIZER))
             config = runner.GenerationConfig(

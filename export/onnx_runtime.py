@@ -99,15 +99,32 @@ class OnnxModel:
         self._binding = self._session = None
 
 
-def open_onnx(folder: Path) -> OnnxModel:
+def open_onnx(folder: Path, tokenizer: TextTokenizer | None = None) -> OnnxModel:
     """An ONNX bundle behind the `LanguageModel` protocol.
+
+    Args:
+        folder: the bundle.
+        tokenizer: the bundle's, where it is open already.
 
     Raises:
         BadFileError: a file is missing or truncated, or the runtime cannot read it.
         MissingExtraError: onnxruntime is not installed.
     """
-    ort = require_module("onnxruntime", "onnx")
     check_files(folder)
+    session = open_session(folder)
+    if "nanokit.context" not in session.get_modelmeta().custom_metadata_map:
+        raise BadFileError("This ONNX model was not made by nanokit.", found=str(folder / MODEL))
+    return OnnxModel(session, tokenizer or load_tokenizer(folder, int(session.get_outputs()[0].shape[-1])))
+
+
+def open_session(folder: Path) -> Any:
+    """A plain onnxruntime session of a bundle's model, with the options that its genai_config.json gives.
+
+    Raises:
+        BadFileError: the runtime cannot read the model.
+        MissingExtraError: onnxruntime is not installed.
+    """
+    ort = require_module("onnxruntime", "onnx")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     for key, value in SESSION_OPTIONS.items():
@@ -115,12 +132,9 @@ def open_onnx(folder: Path) -> OnnxModel:
     if os.environ.get(THREADS, "").isdigit():
         options.intra_op_num_threads = int(os.environ[THREADS])
     try:
-        session = ort.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises bare pybind exceptions of many kinds
         raise BadFileError("ONNX Runtime cannot read this bundle.", found=f"{folder / MODEL}: {error}") from None
-    if "nanokit.context" not in session.get_modelmeta().custom_metadata_map:
-        raise BadFileError("This ONNX model was not made by nanokit.", found=str(folder / MODEL))
-    return OnnxModel(session, load_tokenizer(folder, int(session.get_outputs()[0].shape[-1])))
 
 
 def run_genai(folder: Path, prompt: str, max_new_tokens: int) -> str:

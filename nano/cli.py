@@ -25,6 +25,7 @@ COMMANDS = {
     "quantize": ("quantize.command:quantize", "Quantize a student to packed int4."),
     "export": ("export.command:export", "Write an int4 student as an ExecuTorch or ONNX bundle."),
     "verify": ("export.command:verify", "Check hashes, and a bundle's codes against its int4 checkpoint."),
+    "bench": ("export.command:bench", "Measure a bundle's speed and memory on this machine."),
     "check": ("device_profiles.command:check", "Check a bundle's memory against a phone's budget."),
     "evaluate": ("nano.command:evaluate", "Perplexity, and divergence from a reference, of any stage."),
     "generate": ("nano.command:generate", "Continue a prompt with any stage's model."),
