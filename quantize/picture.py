@@ -6,22 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nano.families import LAYER_LINEARS
+from nano.figure import AFTER, BEFORE, CHOSEN, INK, MUTED, blank_figure, quiet
 from quantize.charts import percent
 
 if TYPE_CHECKING:
     from quantize.report import Facts
-
-BEFORE, AFTER, CHOSEN, INK, MUTED = "#9aa3aa", "#2563c9", "#c2570c", "#1c2024", "#667078"
-
-
-def blank_figure(inches: tuple[float, float], dpi: int) -> Any:
-    """A white figure that draws without a screen and without pyplot's global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=inches, dpi=dpi, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def write_picture(path: Path, facts: Facts) -> None:
@@ -66,15 +55,6 @@ def _draw_errors(panel: Any, facts: Facts, linear: str, solved: bool) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     quiet(panel)
     panel.set_xlabel("layer", color=MUTED, fontsize=9)
-
-
-def quiet(panel: Any) -> None:
-    """Lines of a grid and of the x axis only, in the page's own greys."""
-    panel.grid(axis="y", color="#e3e6e8", lw=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right", "left"]].set_visible(False)
-    panel.spines["bottom"].set_color("#c9ced2")
-    panel.tick_params(colors=MUTED, labelsize=8.5, length=0, which="both")
 
 
 def _last_panel(panel: Any, facts: Facts, solved: bool) -> None:
