@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from distill.options import BEFORE, CacheOptions, DistillOptions
+from distill.options import BEFORE, MEASURES, CacheOptions, DistillOptions, measure_of
 
 DEFAULT = DistillOptions()
 CACHE_DEFAULT = CacheOptions()
@@ -37,9 +37,9 @@ def distill(
     teacher
         A float model: a folder, or a hub id (Llama, Qwen3, Gemma 3 text).
     student
-        nano-1, nano-2, a number of parameters like 1.2B, 40M, 150k, or the folder of a model with the teacher's
-        tokenizer, whose weights are then trained on. Several (--student A --student B, each
-        with its --out) are trained in one pass of the teacher.
+        nano-1, nano-2, a number of parameters like 1.2B, 40M, 150k, or the folder of a model, whose weights are then
+        trained on; of another tokenizer than the teacher's with --cross-tokenizer. Several (--student A --student B,
+        each with its --out) are trained in one pass of the teacher.
     data
         Text to train on, several if wished: a file (plain text, JSONL, parquet), a folder of files, a dataset saved by
         `datasets`, or a hub id as ORG/NAME:SPLIT. Records hold "text" or a conversation's "messages", of which the
@@ -131,12 +131,13 @@ def _show(results: Mapping[str, Any], out: Path, size: int) -> None:
 
     held_out = results["held_out"]
     table = Table(title=f"{out}: on {held_out['tokens']:,} held-out tokens")
-    for heading in ("", "cross-entropy", "perplexity", "KL to the teacher", "same top token"):
+    apart = measure_of(held_out["trained"])
+    for heading in ("", "cross-entropy", "perplexity", MEASURES[apart], "same top token"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, key in (("teacher", "teacher"), ("student", "start"), ("student trained", "trained")):
         row = held_out[key]
         figures = (f"{row['cross_entropy']:.4f}", f"{row['perplexity']:.3f}")
-        compared = (f"{row['kl']:.4f}", f"{row['top1']:.1%}") if "kl" in row else ("", "")
+        compared = (f"{row[apart]:.4f}", f"{row['top1']:.1%}") if apart in row else ("", "")
         table.add_row(name if key != "start" else f"student {BEFORE[results['start']]}", *figures, *compared)
     show(table)
     parts = f"{results['parameters']:,} of the teacher's {results['teacher_parameters']:,} parameters"

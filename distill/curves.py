@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.options import measure_of
 from nano.errors import NoSpaceError, require_module
+from nano.figure import blank_figure
 from nano.folder import is_no_space
-from quantize.picture import blank_figure
 
 CURVES = "curves.png"
 
@@ -77,11 +78,12 @@ def draw_curves(metrics: Path, out: Path) -> None:
     """Loss, divergence, cross-entropy, gradient norm and learning rate by step, as a PNG."""
     records = [(r["step"], flat(r)) for r in map(json.loads, metrics.read_text(encoding="utf-8").splitlines())]
     figure = blank_figure((11, 6), 110)
-    names = ("loss", "kl", "ce", "gradient_norm", "learning_rate")
+    measure = measure_of(records[0][1])
+    names = ("loss", measure, "ce", "gradient_norm", "learning_rate")
     titles = ("loss", "divergence from the teacher", "cross-entropy", "gradient norm", "learning rate")
     for axis, name, title in zip(figure.subplots(2, 3).flat, names, titles, strict=False):
         axis.plot([step for step, _ in records], [r[name] for _, r in records], lw=1, label="training")
-        held = {"kl": "held_out/kl", "ce": "held_out/cross_entropy"}.get(name, "")
+        held = {measure: f"held_out/{measure}", "ce": "held_out/cross_entropy"}.get(name, "")
         points = [(step, r[held]) for step, r in records if held in r]
         if points:
             axis.plot(*zip(*points, strict=True), "o-", ms=3, label="held out")

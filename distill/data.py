@@ -30,6 +30,8 @@ from nano.corpus import Windows
 if TYPE_CHECKING:
     import torch
 
+    from distill.cross_text import Beside, OtherTokens
+
 NO_TARGET = -1
 
 
@@ -52,6 +54,7 @@ class Rows:
         learn_RT: bool, where a loss is taken; None where it is everywhere but on padding.
         mix: (rows, weight) of each source, whose rows lie one behind another; empty where all rows are one pool.
         size: positions that carry a token; counted where it is not given.
+        other: the same text in the tokens of a teacher whose tokenizer is another.
     """
 
     ids_RT: Table
@@ -59,6 +62,7 @@ class Rows:
     learn_RT: Table | None = None
     mix: tuple[tuple[int, float], ...] = ()
     size: int | None = None
+    other: OtherTokens | None = None
 
     @property
     def tokens(self) -> int:
@@ -85,6 +89,7 @@ class Batch:
         target_N: the id that follows each within its segment; NO_TARGET at a segment's end.
         whole: every row is one segment, so plain causal attention is right.
         idle: it counts for nothing: a process goes along with it where others have rows left and it has none.
+        beside: the same text in the teacher's tokens, where its tokenizer is another.
     """
 
     ids_BT: torch.Tensor
@@ -93,11 +98,17 @@ class Batch:
     target_N: torch.Tensor
     whole: bool
     idle: bool = False
+    beside: Beside | None = None
 
     @property
     def targets(self) -> int:
         """Positions that have a next token."""
         return int((self.target_N != NO_TARGET).sum())
+
+    @property
+    def compared(self) -> int:
+        """Positions, or spans of text, where the student is compared with its teacher."""
+        return self.target_N.numel() if self.beside is None else len(self.beside)
 
 
 def pack(windows: Windows, length: int) -> Rows:
@@ -129,6 +140,7 @@ def make_batch(rows: Rows, which: npt.NDArray[np.int64] | slice, device: str = "
         real_N=torch.from_numpy(real_N).to(device),
         target_N=torch.from_numpy(target_BT.reshape(-1)[real_N]).to(device),
         whole=bool((segment_BT == 0).all()),
+        beside=rows.other.beside(which, device) if rows.other else None,
     )
 
 

@@ -17,7 +17,7 @@ Legend: N positions, C positions of a chunk, D and E hidden widths of student an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -76,6 +76,9 @@ class Answers(Protocol):
     def over(self, vocab: int | None) -> Answers:
         """The same over the first `vocab` ids only, where both sides mean the same by them; None means all."""
 
+    def slices(self, count: int, vocab: int) -> Iterator[slice]:
+        """The chunks that so many positions are taken in, for a student of so many ids."""
+
     def chunk(
         self, at: slice, logits_CV: torch.Tensor, target_C: torch.Tensor, mix: Mix
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,6 +103,10 @@ class DenseAnswers:
     def over(self, vocab: int | None) -> DenseAnswers:
         """See `Answers.over`."""
         return self if vocab is None else replace(self, head_VE=self.head_VE[:vocab])
+
+    def slices(self, count: int, vocab: int) -> Iterator[slice]:
+        """See `Answers.slices`."""
+        return even_slices(count, vocab)
 
     def chunk(
         self, at: slice, logits_CV: torch.Tensor, target_C: torch.Tensor, mix: Mix
@@ -142,6 +149,12 @@ def chunk_length(vocab_size: int) -> int:
     return max(16, CHUNK_ELEMENTS // vocab_size)
 
 
+def even_slices(count: int, vocab: int) -> Iterator[slice]:
+    """Chunks of `chunk_length` positions."""
+    length = chunk_length(vocab)
+    return (slice(start, start + length) for start in range(0, count, length))
+
+
 def distillation_loss(
     hidden_ND: torch.Tensor, head_VD: torch.Tensor, answers: Answers, target_N: torch.Tensor, mix: Mix
 ) -> tuple[torch.Tensor, Sums]:
@@ -170,8 +183,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_head_VD = torch.zeros_like(head_VD)
         kl = hidden_ND.new_zeros((), dtype=torch.float64)
         ce = torch.zeros_like(kl)
-        for start in range(0, len(target_N), chunk_length(len(head))):
-            at = slice(start, start + chunk_length(len(head)))
+        for at in answers.slices(len(target_N), len(head)):
             hidden_CD = hidden_ND[at].to(mix.dtype)
             logits_CV = F.linear(hidden_CD, head).to(mix.wide)
             chunk_kl, chunk_ce, grad_CV = answers.chunk(at, logits_CV, target_N[at], mix)
@@ -206,9 +218,10 @@ class Comparison:
 
     Attributes:
         ce, teacher_ce: cross-entropy of the text, in nats.
-        kl: KL(teacher || student), in nats.
-        same: positions whose most likely token is the same.
+        kl: KL(teacher || student), in nats; across tokenizers the loss over spans.
+        same: positions (or spans) whose most likely token is the same.
         tokens: how many positions.
+        spans: how many spans, where the tokenizers differ.
     """
 
     ce: float
@@ -216,6 +229,7 @@ class Comparison:
     kl: float
     same: int
     tokens: int
+    spans: int | None = None
 
 
 @torch.inference_mode()

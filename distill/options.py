@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from nano.errors import RequestError
 
 Divergence = Literal["forward", "reverse", "jsd", "skew", "skew-reverse"]
 """See `distill.divergences`."""
+
+CrossTokenizer = Literal["none", "uld", "gold"]
+"""See `distill.cross_losses`."""
+
+MEASURES = {"kl": "KL to the teacher", "uld": "ULD distance to the teacher", "gold": "GOLD loss against the teacher"}
+UNITS = {"kl": "nats a token", "uld": "a span of text", "gold": "a span of text"}
+"""What a student's distance from its teacher is called, by its key in results and metrics."""
 
 BEFORE = {"pruned": "after the cut", "random": "at random", "given": "as given"}
 """A student before it is trained, in words for people."""
@@ -40,6 +48,8 @@ class DistillOptions:
         divergence: "forward" is KL(teacher || student), "reverse" KL(student || teacher), "jsd" the generalised
             Jensen-Shannon divergence; "skew" and "skew-reverse" are KL from teacher or student to their mixture.
         beta: the teacher's share in that mixture; 0 means 0.5 for jsd and 0.1 for skew and skew-reverse.
+        cross_tokenizer: for a student (a folder) whose tokenizer is not its teacher's: "gold" compares tokens that
+            both have by the divergence and the others by their sorted probabilities, "uld" all by the latter.
         match: weight of matching the outputs of the student's layers, through a learned projection, to those of
             the teacher's layers they came from; 0 does not.
         on_policy: share of sequences that the student continues itself, scored by the teacher; 0 trains on text only.
@@ -82,6 +92,7 @@ class DistillOptions:
     kd: float = 0.8
     divergence: Divergence = "forward"
     beta: float = 0.0
+    cross_tokenizer: CrossTokenizer = "none"
     match: float = 0.0
     on_policy: float = 0.0
     prompt: int = 32
@@ -122,6 +133,8 @@ class DistillOptions:
                 expected="--beta above 0 and below 1, with " + ", ".join(DEFAULT_BETA),
                 todo="--divergence forward and reverse are its two limits",
             )
+        if self.cross_tokenizer != "none":
+            _check_across(self)
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise RequestError(
                 "The learning rate would fall before it has risen.",
@@ -138,6 +151,11 @@ class DistillOptions:
                 found=f"--prompt {self.prompt}",
                 expected=f"at most {self.length - 8}, eight less than --length",
             )
+
+    @property
+    def measure(self) -> str:
+        """The key in `MEASURES` of what is measured against the teacher."""
+        return "kl" if self.cross_tokenizer == "none" else self.cross_tokenizer
 
     @property
     def teacher_precision(self) -> str:
@@ -192,6 +210,26 @@ class CacheOptions:
         return DistillOptions(
             length=self.length, held_out=self.held_out, seed=self.seed, batch=1, temperature=self.temperature
         )
+
+
+def _check_across(options: DistillOptions) -> None:
+    """What a loss across tokenizers does not go with."""
+    for found, wrong, why in (
+        (f"--on-policy {options.on_policy:g}", options.on_policy > 0, "no text that both read"),
+        (f"--match {options.match:g}", options.match > 0, "their hidden states are of different tokens"),
+        (f"--divergence {options.divergence}", options.cross_tokenizer == "uld" and options.divergence != "forward",
+         "uld compares sorted probabilities and has no divergence; gold has one"),
+    ):  # fmt: skip
+        if wrong:
+            raise RequestError(
+                "That does not go with a teacher of another tokenizer.",
+                found=f"{found} with --cross-tokenizer {options.cross_tokenizer}: {why}", todo="leave one of both out",
+            )  # fmt: skip
+
+
+def measure_of(figures: Mapping[str, Any]) -> str:
+    """Which key of `MEASURES` some figures have."""
+    return next(key for key in MEASURES if key in figures)
 
 
 def _check_ranges(options: object, ranges: tuple[tuple[str, float, float], ...]) -> None:

@@ -121,11 +121,12 @@ def check_together(options: DistillOptions) -> None:
     """Refuse what several processes cannot do.
 
     Raises:
-        UnsupportedError: continuations of the student's own, or bitsandbytes' optimizers.
+        UnsupportedError: continuations of the student's own, bitsandbytes' optimizers, or another tokenizer.
     """
     for name, wanted, instead in (
         (f"--on-policy {options.on_policy:g}", options.on_policy > 0, "leave it out, or use one device"),
         (f"--optimizer {options.optimizer}", options.optimizer != "adamw", "its moments are sharded: adamw is enough"),
+        (f"--cross-tokenizer {options.cross_tokenizer}", options.cross_tokenizer != "none", "use one device"),
     ):
         if wanted:
             raise UnsupportedError("That runs on one device only.", found=f"{name} under torchrun", todo=instead)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.picture import AFTER, BEFORE, CHOSEN, INK, MUTED, blank_figure, quiet
+from distill.options import MEASURES, UNITS, measure_of
+from nano.figure import AFTER, BEFORE, CHOSEN, INK, MUTED, blank_figure, quiet
 
 if TYPE_CHECKING:
     from distill.report import Facts
@@ -15,7 +16,9 @@ def write_picture(path: Path, facts: Facts) -> None:
     """Draw the report's figures as a PNG of 1,650 pixels' width."""
     figure = blank_figure((11, 4.2), 150)
     trained = facts.results["held_out"]["trained"]
-    title = f"{facts.title}: cross-entropy {trained['cross_entropy']:.3f}, KL {trained['kl']:.3f} nats a token"
+    key = measure_of(trained)
+    apart = f"KL {trained[key]:.3f} nats a token" if key == "kl" else f"{MEASURES[key]} {trained[key]:.3f}"
+    title = f"{facts.title}: cross-entropy {trained['cross_entropy']:.3f}, {apart}"
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, color=INK)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_loss(left, facts)
@@ -41,12 +44,13 @@ def _draw_cost(panel: Any, facts: Facts) -> None:
     held = facts.results["held_out"]
     rounds = facts.results["rounds"]
     pairs = [(each["held_out"]["cut"]["kl"], each["held_out"]["healed"]["kl"]) for each in rounds]
-    pairs = pairs or [(held["start"]["kl"], held["trained"]["kl"])]
+    key = measure_of(held["trained"])
+    pairs = pairs or [(held["start"][key], held["trained"][key])]
     at = range(len(pairs))
     panel.bar([x - 0.2 for x in at], [cut for cut, _ in pairs], 0.38, color=BEFORE, label="before training")
     panel.bar([x + 0.2 for x in at], [healed for _, healed in pairs], 0.38, color=AFTER, label="after it")
     names = [f"round {i}\n{each['parameters'][1]:,}" for i, each in enumerate(rounds, 1)]
     panel.set_xticks(list(at), names or [f"{facts.results['parameters']:,}"])
     panel.margins(y=0.25)  # room for the legend
-    panel.set_title("KL to the teacher (nats a token)", fontsize=10, loc="left", color=INK)
+    panel.set_title(f"{MEASURES[key]} ({UNITS[key]})", fontsize=10, loc="left", color=INK)
     panel.legend(frameon=False, fontsize=8.5, labelcolor=INK)

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from distill.options import MEASURES, UNITS, measure_of
 from distill.state import METRICS
 from nano.manifest import Manifest
 from quantize.charts import Series, line_chart, log_ticks, number
@@ -123,11 +124,12 @@ def _figures(facts: Facts) -> str:
     results, held = facts.results, facts.results["held_out"]
     was, now = results["teacher_parameters"], results["parameters"]
     trained, start = held["trained"], held["start"]
+    key = measure_of(trained)
     losses = [f"{held['teacher']['cross_entropy']:.4f}", f"{start['cross_entropy']:.4f}"]
     shown = [
         ("parameters", f"{now:,}", f"{now / was:.0%} of the teacher's {was:,}"),
         ("cross-entropy", f"{trained['cross_entropy']:.4f}", f"teacher {losses[0]}, before training {losses[1]}"),
-        ("KL to the teacher", f"{trained['kl']:.4f}", f"nats a token; {start['kl']:.4f} before training"),
+        (MEASURES[key], f"{trained[key]:.4f}", f"{UNITS[key]}; {start[key]:.4f} before training"),
         ("same top token", f"{trained['top1']:.1%}", f"on {held['tokens']:,} held-out tokens"),
         ("rounds", str(len(results["rounds"]) or 1), f"{results['steps']:,} steps in all"),
     ]  # fmt: skip

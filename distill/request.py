@@ -17,16 +17,16 @@ from distill.data import Rows
 from distill.options import DistillOptions
 from distill.rounds import Round, plan_rounds
 from distill.state import StateFolder, checkpoint_folder
-from distill.text import load_text
+from distill.text import Other, load_text
 from distill.vocabulary import vocabulary_hash
-from distill.wanted import Wanted, common_ids, find_student
+from distill.wanted import Wanted, common_ids, find_student, students_tokenizer
 from nano.errors import OutputExistsError, RequestError, UnsupportedError
 from nano.folder import check_output
 from nano.manifest import fingerprint
 from nano.progress import say, warn
 from nano.shapes import ModelShape, read_config
 from nano.sources import Source, open_sources
-from nano.tokens import load_tokenizer
+from nano.tokens import TextTokenizer, load_tokenizer
 
 MANY_EPOCHS = 20
 NO_MATTER = ("save_every", "curves", "tensorboard")
@@ -51,6 +51,7 @@ class Job:
         scratch: only the folder's architecture counts, not its weights.
         vocab: ids that are compared, where the embeddings of teacher and student differ in size.
         rounds: the cuts and what each is trained for; one where the student is not cut.
+        tokenizers: the student's and the teacher's, where they differ.
     """
 
     teacher: Path
@@ -68,6 +69,7 @@ class Job:
     vocab: int | None = None
     rounds: tuple[Round, ...] = ()
     scratch: bool = False
+    tokenizers: tuple[TextTokenizer, TextTokenizer] | None = None
 
     @property
     def largest(self) -> int:
@@ -151,8 +153,13 @@ def prepare(
     plans = [_rounds(shape, target, options) for target in targets]
     for target, plan in zip(targets, plans, strict=True):
         _say_student(target, shape, plan, options)
-    common = [common_ids(target, shape, tokenizer) for target in targets]
-    text = load_text(sources, tokenizer, options)
+    own = tokenizer
+    if options.cross_tokenizer == "none":
+        common = [common_ids(target, shape, tokenizer) for target in targets]
+        text = load_text(sources, tokenizer, options)
+    else:
+        own, common = students_tokenizer(targets, tokenizer)
+        text = load_text(sources, own, options, other=Other(tokenizer, shape.max_positions))
     rows, held_out = text.rows, text.held_out
     epochs = options.steps * options.batch / len(rows)
     if epochs > MANY_EPOCHS:
@@ -169,7 +176,7 @@ def prepare(
         Job(
             teacher, target.config, shape, target.shape, rows, held_out, sources, options,
             {**shared, **_own_identity(target)}, endings, cache, target.folder, ids, plan,
-            target.scratch,
+            target.scratch, None if own is tokenizer else (own, tokenizer),
         )
         for target, ids, plan in zip(targets, common, plans, strict=True)
     ]  # fmt: skip
@@ -219,6 +226,7 @@ def open_cache(folder: Path, options: DistillOptions) -> Cache:
         (f"--divergence {options.divergence}", options.divergence != "forward"),
         (f"--on-policy {options.on_policy:g}", options.on_policy > 0),
         (f"--match {options.match:g}", options.match > 0),
+        (f"--cross-tokenizer {options.cross_tokenizer}", options.cross_tokenizer != "none"),
     ):
         if needs:
             raise RequestError(

@@ -13,7 +13,7 @@ Legend: C positions of a chunk, N positions, V vocabulary, K places of a record,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from distill.data import NO_TARGET
-from distill.losses import Mix, add_cross_entropy
+from distill.losses import Mix, add_cross_entropy, even_slices
 from distill.records import UNITS, Bytes, RecordLayout, pack_records
 
 
@@ -103,6 +103,10 @@ class SparseAnswers:
     def over(self, vocab: int | None) -> SparseAnswers:
         """See `Answers.over`: what is kept are real ids already."""
         return self
+
+    def slices(self, count: int, vocab: int) -> Iterator[slice]:
+        """See `Answers.slices`."""
+        return even_slices(count, vocab)
 
     def chunk(
         self, at: slice, logits_CV: torch.Tensor, target_C: torch.Tensor, mix: Mix

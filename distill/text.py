@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from distill.cross_text import OtherTokens
 from distill.data import Rows
 from distill.options import DistillOptions
 from distill.packing import Layout, Spans, View, cut_spans, held_out, join_spans, pack_spans
 from distill.tokenized import Shard, cache_folder, tokenize_sources
-from nano.errors import RequestError
+from nano.errors import RequestError, UnsupportedError
 from nano.progress import warn
 from nano.sources import Source
 from nano.tokens import TextTokenizer
 
 Kept = list[npt.NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Other:
+    """A teacher that reads in tokens of its own.
+
+    Attributes:
+        tokenizer: its tokenizer.
+        positions: how many tokens it can read at once.
+    """
+
+    tokenizer: TextTokenizer
+    positions: int
 
 
 @dataclass(frozen=True)
@@ -35,15 +49,26 @@ class Text:
 
 
 def load_text(
-    sources: Sequence[Source], tokenizer: TextTokenizer, options: DistillOptions, cache: Path | None = None
+    sources: Sequence[Source],
+    tokenizer: TextTokenizer,
+    options: DistillOptions,
+    cache: Path | None = None,
+    other: Other | None = None,
 ) -> Text:
     """Training and held-out rows of some sources.
+
+    Args:
+        sources: text.
+        tokenizer: of the tokens that rows are of.
+        options: length, split, mix.
+        cache: for tokens; None means `distill.tokenized.cache_folder`.
+        other: a teacher of another tokenizer, which is to read the same text.
 
     Raises:
         RequestError and its kinds: the text cannot be read, or is too short.
         NoSpaceError: the disk of the cache is full.
     """
-    by_source = tokenize_sources(sources, tokenizer, cache or cache_folder())
+    by_source = tokenize_sources(sources, tokenizer, cache or cache_folder(), ends=other is not None)
     shards = [shard for group in by_source for shard in group]
     held = held_out([shard.documents["digest"] for shard in shards], options.held_out, options.seed)
     training: list[Spans] = []
@@ -63,7 +88,28 @@ def load_text(
     truncated = sum(spans.truncated for spans in training)
     if truncated:
         warn(f"{truncated:,} conversations are longer than --length {length}: what exceeds it is left out")
-    return Text(rows, rows_of(layout))
+    text = Text(rows, rows_of(layout))
+    return text if other is None else _with_other(text, sources, shards, other, cache or cache_folder())
+
+
+def _with_other(text: Text, sources: Sequence[Source], shards: Sequence[Shard], other: Other, cache: Path) -> Text:
+    """The rows with what a teacher of another tokenizer reads."""
+    if any(shard.documents["chat"].any() for shard in shards):
+        raise UnsupportedError(
+            "Conversations cannot be compared across tokenizers.",
+            found="records with messages, and --cross-tokenizer",
+            expected="text: each model has its own chat template, so the two would read different texts",
+            todo='give the conversations as "text"',
+        )
+    theirs = [shard for group in tokenize_sources(sources, other.tokenizer, cache, ends=True) for shard in group]
+    assert sum(len(s.documents) for s in theirs) == sum(len(s.documents) for s in shards)
+
+    def both(rows: Rows) -> Rows:
+        assert isinstance(rows.ids_RT, View)
+        layout = rows.ids_RT.layout
+        return replace(rows, other=OtherTokens(layout, theirs, other.tokenizer.bos_id, other.positions))
+
+    return Text(both(text.rows), both(text.held_out))
 
 
 def _check_found(sources: Sequence[Source], training: Sequence[Spans], measured: Sequence[Spans]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from distill.cross_teacher import CrossTeacher
 from distill.data import Batch
 from distill.losses import Comparison
 from distill.parallel import World
@@ -91,9 +92,12 @@ def spread_teacher(
     return SharedTeacher(shard(teacher.model if teacher else None, shape, world, device))
 
 
-def compared(teacher: LiveTeacher | SharedTeacher, pupil: Any, batches: list[Batch], world: World) -> Comparison:
+def compared(
+    teacher: LiveTeacher | CrossTeacher | SharedTeacher, pupil: Any, batches: list[Batch], world: World
+) -> Comparison:
     """How a student compares with its teacher on held-out text, on one process or on several."""
     if pupil.body is not None:
+        assert not isinstance(teacher, CrossTeacher)  # refused before
         return compare_shared(teacher, pupil.body, batches, world, pupil.vocab)
-    assert isinstance(teacher, LiveTeacher)
+    assert not isinstance(teacher, SharedTeacher)
     return teacher.compare(pupil.model, pupil.shape, batches, pupil.vocab)

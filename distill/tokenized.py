@@ -5,8 +5,9 @@ of the rules here. What is kept is tokens and where documents begin, so another 
 reads the same folder; a second run tokenises nothing. A folder is written beside its place and renamed when it
 is whole; its index holds the sha256 of every file, checked on opening, and a folder that fails is made anew.
 
-A shard: `N-ids.npy` (uint16 or uint32), `N-documents.npy` (one record a document), and, where it holds
-conversations, `N-answer.npy` (bool, what the assistant wrote). Memory: one shard while writing, none while reading.
+A shard: `N-ids.npy` (uint16 or uint32), `N-documents.npy` (one record a document), where it holds conversations
+`N-answer.npy` (bool, what the assistant wrote), and where asked for `N-ends.npy` (uint32, where tokens end).
+Memory: one shard while writing, none while reading.
 
 The tokenizer's own threads (one a core) do the work; TOKENIZERS_PARALLELISM=false keeps it to one.
 """
@@ -61,11 +62,13 @@ class Shard:
         ids: all their ids, one after another, without beginning ids where the document is a text.
         documents: for each its length in ids, whether it is a conversation, and a hash of its content.
         answer: bool for each id, what the assistant wrote; None where no document is a conversation.
+        ends: the character of its document that each id ends at; None where that was not asked for.
     """
 
     ids: Ids
     documents: npt.NDArray[Any]
     answer: npt.NDArray[np.bool_] | None
+    ends: npt.NDArray[np.uint32] | None = None
 
 
 def cache_folder() -> Path:
@@ -75,8 +78,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanokit"
 
 
-def tokenize_sources(sources: Sequence[Source], tokenizer: TextTokenizer, cache: Path) -> list[list[Shard]]:
-    """The shards of each source, from the cache where they are there.
+def tokenize_sources(
+    sources: Sequence[Source], tokenizer: TextTokenizer, cache: Path, *, ends: bool = False
+) -> list[list[Shard]]:
+    """The shards of each source, from the cache where they are there; with `ends`, of tokens too.
 
     Fewer than FEW_DOCUMENTS documents in all (a book, a text file) are cut at blank lines, line ends or spaces,
     so that some can be held out.
@@ -87,14 +92,14 @@ def tokenize_sources(sources: Sequence[Source], tokenizer: TextTokenizer, cache:
         RequestError: the cache cannot be written to.
     """
     cut = _are_few(sources)
-    rules = json.dumps([FORMAT, _tokenizer_hash(tokenizer), SHARD_TOKENS, cut])
+    rules = json.dumps([FORMAT, _tokenizer_hash(tokenizer), SHARD_TOKENS, cut, *(["ends"] if ends else [])])
     wanted = [[(part, _key(part, rules)) for part in source.parts] for source in sources]
     have = {key: _open(cache / key) for part_keys in wanted for _, key in part_keys}
     missing = {key: part for part_keys in wanted for part, key in part_keys if have[key] is None}
     if missing:
         with track("tokenise", len(missing), "parts") as progress:
             for key, part in missing.items():
-                _write(cache, key, part, tokenizer, cut, progress)
+                _write(cache, key, _encoded(_documents(part, cut), tokenizer, ends), tokenizer, progress)
                 have[key] = _open(cache / key)
                 progress.advance()
     return [[shard for _, key in part_keys for shard in have[key] or ()] for part_keys in wanted]
@@ -137,16 +142,16 @@ def _open_shard(folder: Path, number: int) -> Shard:
         path = folder / f"{number:06}-{name}.npy"
         return np.load(path, mmap_mode="r") if path.is_file() else None
 
-    return Shard(load("ids"), load("documents"), load("answer"))
+    return Shard(load("ids"), load("documents"), load("answer"), load("ends"))
 
 
-def _write(cache: Path, key: str, part: Part, tokenizer: TextTokenizer, cut: bool, progress: Track) -> None:
+def _write(cache: Path, key: str, found: Iterator[_Encoded], tokenizer: TextTokenizer, progress: Track) -> None:
     """Tokenise a part into `cache/key`; nothing is left of it where that fails."""
     partial = cache / f"{key}.{socket.gethostname()}.{os.getpid()}.partial"
     try:
         _drop_abandoned(cache, key)
         partial.mkdir(parents=True)
-        _write_shards(partial, _encoded(_documents(part, cut), tokenizer), tokenizer, progress)
+        _write_shards(partial, found, tokenizer, progress)
         shutil.rmtree(cache / key, ignore_errors=True)
         with contextlib.suppress(FileExistsError):  # another run made the same meanwhile
             partial.rename(cache / key)
@@ -210,9 +215,10 @@ class _Encoded:
     chat: bool
     digest: int
     answer: list[bool] | None
+    ends: list[int] | None
 
 
-def _encoded(documents: Iterable[Document], tokenizer: TextTokenizer) -> Iterator[_Encoded]:
+def _encoded(documents: Iterable[Document], tokenizer: TextTokenizer, ends: bool) -> Iterator[_Encoded]:
     """Documents in order, as ids; a conversation may give several."""
     special, size = tokenizer.special_tokens(), 0
     waiting: list[tuple[str, int, Any]] = []
@@ -226,27 +232,28 @@ def _encoded(documents: Iterable[Document], tokenizer: TextTokenizer) -> Iterato
                 waiting.append((rendered.text, digest, rendered.answers))
                 size += len(rendered.text)
         if size >= BATCH_CHARACTERS:
-            yield from _encode(waiting, tokenizer)
+            yield from _encode(waiting, tokenizer, ends)
             waiting, size = [], 0
-    yield from _encode(waiting, tokenizer)
+    yield from _encode(waiting, tokenizer, ends)
 
 
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _encode(waiting: Sequence[tuple[str, int, Any]], tokenizer: TextTokenizer) -> Iterator[_Encoded]:
+def _encode(waiting: Sequence[tuple[str, int, Any]], tokenizer: TextTokenizer, ends: bool) -> Iterator[_Encoded]:
     backend = tokenizer.backend
     chats = any(answers is not None for _, _, answers in waiting)
-    encode = backend.encode_batch if chats else backend.encode_batch_fast  # the latter gives no offsets
+    encode = backend.encode_batch if chats or ends else backend.encode_batch_fast  # the latter gives no offsets
     found = encode([text for text, _, _ in waiting], add_special_tokens=False)
     for (_, digest, answers), encoding in zip(waiting, found, strict=True):
+        stops = [stop for _, stop in encoding.offsets] if ends else None
         if answers is None:
-            yield _Encoded(encoding.ids, False, digest, None)
+            yield _Encoded(encoding.ids, False, digest, None, stops)
             continue
         said = [any(start <= at < stop for start, stop in answers) for at, _ in encoding.offsets]
         if any(said):
-            yield _Encoded(encoding.ids, True, digest, said)
+            yield _Encoded(encoding.ids, True, digest, said, stops)
 
 
 def _write_shards(folder: Path, found: Iterator[_Encoded], tokenizer: TextTokenizer, progress: Track) -> None:
@@ -258,11 +265,14 @@ def _write_shards(folder: Path, found: Iterator[_Encoded], tokenizer: TextTokeni
         ids: list[Ids] = []
         documents: list[tuple[int, bool, int]] = []
         answers: list[npt.NDArray[np.bool_]] = []
+        ends: list[Ids] = []
         size, chats = 0, False
         for document in found:
             ids.append(np.asarray(document.ids, dtype))
             documents.append((len(document.ids), document.chat, document.digest))
             answers.append(np.full(len(document.ids), True) if document.answer is None else np.asarray(document.answer))
+            if document.ends is not None:
+                ends.append(np.asarray(document.ends, np.uint32))
             size, chats = size + len(document.ids), chats or document.chat
             if len(documents) % 1000 == 0:
                 progress.advance(0, f"{total + size:,} tokens")
@@ -271,7 +281,7 @@ def _write_shards(folder: Path, found: Iterator[_Encoded], tokenizer: TextTokeni
         else:
             done = True
         if documents:
-            _save_shard(folder, number, ids, documents, answers if chats else [])
+            _save_shard(folder, number, ids, documents, answers if chats else [], ends)
             number, total = number + 1, total + size
     if not total:
         raise BadFileError("The text gives no tokens.", found=f"{number} documents", todo="give more text")
@@ -279,11 +289,13 @@ def _write_shards(folder: Path, found: Iterator[_Encoded], tokenizer: TextTokeni
     (folder / INDEX).write_text(json.dumps({"shards": number, "tokens": total, "files": files}), encoding="utf-8")
 
 
-def _save_shard(folder: Path, number: int, ids: Any, documents: Any, answers: Any) -> None:
+def _save_shard(folder: Path, number: int, ids: Any, documents: Any, answers: Any, ends: Any) -> None:
     _save(folder / f"{number:06}-ids.npy", np.concatenate(ids))
     _save(folder / f"{number:06}-documents.npy", np.array(documents, DOCUMENT))
     if answers:
         _save(folder / f"{number:06}-answer.npy", np.concatenate(answers))
+    if ends:
+        _save(folder / f"{number:06}-ends.npy", np.concatenate(ends))
 
 
 def _save(path: Path, array: Ids) -> None:

@@ -120,6 +120,7 @@ class Seat:
     own: list[Batch] = field(default_factory=list)
     mix: Mix = Mix(0.0, 0.0)  # noqa: RUF009
     positions: int = 0
+    compared: int = 0
     targets: int = 0
     loss: float = 0.0
     kl: float = 0.0
@@ -260,10 +261,12 @@ def _begin(run: Training, seat: Seat, text: list[Batch], own_order: RowNumbers, 
                 )  # fmt: skip
     counted = [batch for batch in text if not batch.idle]
     positions = sum(batch.target_N.numel() for batch in [*counted, *seat.own])
-    positions, targets = map(int, run.world.sums([positions, sum(batch.targets for batch in counted)]))
-    seat.positions, seat.targets = positions, max(1, targets)
+    compared = sum(batch.compared for batch in [*counted, *seat.own])
+    targets = sum(batch.targets for batch in counted)
+    positions, compared, targets = map(int, run.world.sums([positions, compared, targets]))
+    seat.positions, seat.compared, seat.targets = positions, max(1, compared), max(1, targets)
     seat.mix = Mix(
-        options.kd / seat.positions, (1 - options.kd) / seat.targets, options.temperature,
+        options.kd / seat.compared, (1 - options.kd) / seat.targets, options.temperature,
         torch.bfloat16 if options.dtype == "bfloat16" else torch.float32, options.divergence, options.mixture,
     )  # fmt: skip
     seat.loss = seat.kl = seat.ce = seat.match = 0.0
@@ -320,7 +323,7 @@ def _note(run: Training, seat: Seat) -> None:
         "step": seat.step,
         "tokens": pupil.facts["tokens"],
         "loss": seat.loss,
-        "kl": seat.kl / seat.positions,
+        options.measure: seat.kl / seat.compared,
         "ce": seat.ce / seat.targets,
         "gradient_norm": seat.norm,
         "learning_rate": pupil.rate(options, seat.step - 1),
@@ -341,7 +344,7 @@ def _note(run: Training, seat: Seat) -> None:
 
 def objective(held_out: Mapping[str, float], options: DistillOptions) -> float:
     """What training makes small, on held-out text: the mix of KL and cross-entropy."""
-    return options.kd * held_out["kl"] + (1 - options.kd) * held_out["cross_entropy"]
+    return options.kd * held_out[options.measure] + (1 - options.kd) * held_out["cross_entropy"]
 
 
 def _keep_best(seat: Seat, found: float) -> None:

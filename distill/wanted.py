@@ -10,11 +10,12 @@ tokenizer really gives. Where ids mean different tokens, nothing can be compared
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.cross_vocabulary import check_different
 from distill.vocabulary import vocabulary_difference
 from nano.errors import RequestError, UnsupportedError
 from nano.shapes import FULL, SLIDING, ModelShape, read_config
@@ -104,7 +105,8 @@ def common_ids(wanted: Wanted, teacher: ModelShape, tokenizer: TextTokenizer) ->
             "Teacher and student have different tokenizers.",
             found=f"{difference} (teacher's and student's)",
             expected="the same tokens by the same ids; only the padding of the embedding may differ",
-            todo="use a student of the teacher's model family, or cut one from it (--student 150M)",
+            todo="--cross-tokenizer gold compares them by the text that their tokens stand for; or cut a student from "
+            "the teacher (--student 150M)",
         )
     if tokenizer.bos_id != own.bos_id:
         raise UnsupportedError(
@@ -124,6 +126,27 @@ def _with_teachers_tokenizer(wanted: Wanted, teacher: ModelShape, tokenizer: Tex
             expected=f"at least {tokenizer.size}",
         )
     return tokenizer.size if wanted.shape.vocab_size != teacher.vocab_size else None
+
+
+def students_tokenizer(targets: Sequence[Wanted], teachers: TextTokenizer) -> tuple[TextTokenizer, list[int | None]]:
+    """The tokenizer of students that is not their teacher's; for each its ids, where its embedding has more rows.
+
+    Raises:
+        RequestError: a student is no folder with a tokenizer, or it is the teacher's.
+        UnsupportedError: the students' differ.
+    """
+    own = []
+    for target in targets:
+        if target.folder is None or not has_tokenizer(target.folder):
+            raise RequestError(
+                "This student has its teacher's tokenizer.",
+                found=f"--cross-tokenizer, and {target.folder or 'a student by size'} with no tokenizer of its own",
+                expected="--student FOLDER, with a tokenizer beside its config.json",
+                todo="leave --cross-tokenizer out",
+            )
+        own.append(load_tokenizer(target.folder, target.shape.vocab_size))
+    check_different(teachers, own)
+    return own[0], [own[0].size if target.shape.vocab_size > own[0].size else None for target in targets]
 
 
 def check_shapes(teacher: ModelShape, student: ModelShape, start: str = "pruned") -> None:

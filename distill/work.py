@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from distill.caching import CachedTeacher
+from distill.cross_teacher import CrossTeacher, cross_teacher
 from distill.curves import CURVES, draw_curves
 from distill.cutting import COUNTED, Made, Source, calibration_text, cut_model
 from distill.data import Batch, batches
@@ -22,13 +23,13 @@ from distill.losses import Comparison
 from distill.match import Matcher, spread
 from distill.models import load_weights, new_model
 from distill.optimizer import check_means
-from distill.options import BEFORE
+from distill.options import BEFORE, measure_of
 from distill.parallel import ALONE, World
 from distill.report import write_report
 from distill.request import Job
 from distill.sharded import SharedTeacher, shard, whole
 from distill.state import METRICS, StateFolder
-from distill.teacher import LiveTeacher, open_teacher
+from distill.teacher import LiveTeacher, Teacher, open_teacher
 from distill.together import compared, spread_teacher
 from distill.train import Pupil, Training, objective, train
 from distill.wanted import has_tokenizer
@@ -72,14 +73,14 @@ def work(assignments: Sequence[Assignment], force: bool, world: World = ALONE) -
     teacher, pupils = _open(assignments, held_out, device, world)
     if job.options.steps:
         watched = sorted({layer for pupil in pupils if pupil.matcher for layer in pupil.matcher.layers})
-        source = CachedTeacher(job.cache) if job.cache else replace(teacher, watched=tuple(watched))
+        source = _source(job, teacher, tuple(watched))
         train(Training(pupils, source, job.rows, job.options, device, job.endings, world))
     made = []
     for assignment, pupil in zip(assignments, pupils, strict=True):
         _choose(pupil, job)
         _round_to_stored(pupil.model, assignment.job)
         trained = compared(teacher, pupil, held_out, world)
-        _say_figures("trained", _figures(trained))
+        _say_figures("trained", _figures(trained, assignment.job))
         if world.first:
             with staged_folder(assignment.out, force=force) as folder:
                 made.append(_write(folder, assignment, pupil, trained))
@@ -91,20 +92,33 @@ def work(assignments: Sequence[Assignment], force: bool, world: World = ALONE) -
     return world.shared(made)
 
 
+def _source(job: Job, teacher: LiveTeacher | CrossTeacher | SharedTeacher, watched: tuple[int, ...]) -> Teacher:
+    """What the students are trained against."""
+    if job.cache:
+        return CachedTeacher(job.cache)
+    return teacher if isinstance(teacher, CrossTeacher) else replace(teacher, watched=watched)
+
+
 def _open(
     assignments: Sequence[Assignment], held_out: list[Batch], device: str, world: World
-) -> tuple[LiveTeacher | SharedTeacher, tuple[Pupil, ...]]:
+) -> tuple[LiveTeacher | CrossTeacher | SharedTeacher, tuple[Pupil, ...]]:
     """The teacher and the students; with several processes the first one's, spread over all."""
     job = assignments[0].job
 
-    def begun() -> tuple[LiveTeacher, tuple[Pupil, ...]]:
-        teacher = open_teacher(job.teacher, job.teacher_shape, job.options.teacher_precision, device)
+    def begun() -> tuple[LiveTeacher | CrossTeacher, tuple[Pupil, ...]]:
+        teacher: LiveTeacher | CrossTeacher = open_teacher(
+            job.teacher, job.teacher_shape, job.options.teacher_precision, device
+        )
+        if job.tokenizers:
+            assert isinstance(teacher, LiveTeacher)
+            teacher = cross_teacher(teacher, job.tokenizers, job.options, device)
         return teacher, tuple(_pupil(assignment, teacher, held_out, device) for assignment in assignments)
 
     teacher, pupils = world.lead(begun) or (None, None)
     if world.mesh is None:
         assert teacher is not None and pupils is not None  # noqa: PT018
         return teacher, pupils
+    assert not isinstance(teacher, CrossTeacher)  # refused before
     everyones = spread_teacher(teacher, job.teacher, job.teacher_shape, job.options.teacher_precision, world, device)
     del teacher
     return everyones, tuple(
@@ -128,14 +142,14 @@ def _spread(
     body = shard(pupil.model if pupil else None, shape, world, device, matcher)
     everyones = Pupil(
         body.model, shape, assignment.state, facts,
-        lambda pupil: _figures(compared(teacher, pupil, held_out, world)),
+        lambda pupil: _figures(compared(teacher, pupil, held_out, world), job),
         matcher, job.vocab, assignment.resuming, assignment.out.name, body=body,
     )  # fmt: skip
     _follow_rounds(everyones, job, device, world)
     return everyones
 
 
-def _pupil(assignment: Assignment, teacher: LiveTeacher, held_out: list[Batch], device: str) -> Pupil:
+def _pupil(assignment: Assignment, teacher: LiveTeacher | CrossTeacher, held_out: list[Batch], device: str) -> Pupil:
     """A student as it begins, or as its state says (its weights are put back when training starts)."""
     job = assignment.job
     if assignment.resuming:
@@ -146,7 +160,7 @@ def _pupil(assignment: Assignment, teacher: LiveTeacher, held_out: list[Batch], 
         model, facts = begin(job, teacher, held_out, device)
     pupil = Pupil(
         model, ModelShape.from_hf(facts["config"]), assignment.state, facts,
-        lambda pupil: _figures(teacher.compare(pupil.model, pupil.shape, held_out, job.vocab)),
+        lambda pupil: _figures(teacher.compare(pupil.model, pupil.shape, held_out, job.vocab), job),
         vocab=job.vocab, resume=assignment.resuming, name=assignment.out.name,
     )  # fmt: skip
 
@@ -221,7 +235,9 @@ def _matcher(job: Job, shape: ModelShape, cut: Mapping[str, Any] | None, device:
     return Matcher(cut["layers"], width, teacher_width, cut["hidden_channels"]).to(device)
 
 
-def begin(job: Job, teacher: LiveTeacher, held_out: list[Batch], device: str) -> tuple[Any, dict[str, Any]]:
+def begin(
+    job: Job, teacher: LiveTeacher | CrossTeacher, held_out: list[Batch], device: str
+) -> tuple[Any, dict[str, Any]]:
     """The student before training, and what is known of it: config, figures, what was cut."""
     facts: dict[str, Any] = {"identity": job.identity, "seconds": 0.0, "tokens": 0, "kept": None, "rounds": []}
     if job.given is not None and not job.scratch:
@@ -238,7 +254,7 @@ def begin(job: Job, teacher: LiveTeacher, held_out: list[Batch], device: str) ->
         facts.update(config=shape.to_hf(job.config), kept=made.kept, rounds=[made.record])
     model = model.to(device)
     before = teacher.compare(model, shape, held_out, job.vocab)
-    facts["held_out"] = {"tokens": before.tokens, "teacher": _entropy(before.teacher_ce, before), "start": _figures(before)}  # noqa: E501  # fmt: skip
+    facts["held_out"] = {"tokens": before.tokens, "teacher": _entropy(before.teacher_ce, before), "start": _figures(before, job)}  # noqa: E501  # fmt: skip
     for record in facts["rounds"]:
         record["steps"] = job.rounds[0].steps
         record["held_out"] = {"before": facts["held_out"]["teacher"], "cut": facts["held_out"]["start"]}
@@ -247,7 +263,7 @@ def begin(job: Job, teacher: LiveTeacher, held_out: list[Batch], device: str) ->
     return model, facts
 
 
-def _first_cut(job: Job, teacher: LiveTeacher, device: str) -> Made:
+def _first_cut(job: Job, teacher: LiveTeacher | CrossTeacher, device: str) -> Made:
     with Checkpoint(job.teacher) as checkpoint:
         source = Source(teacher.model, teacher.shape, checkpoint.tensor)
         return cut_model(source, job.rounds[0].shape, job.config, calibration_text(job, device), job.options)
@@ -258,12 +274,14 @@ def _entropy(total: float, over: Comparison) -> dict[str, float]:
     return {"cross_entropy": mean, "perplexity": math.exp(min(mean, 700.0))}
 
 
-def _figures(found: Comparison) -> dict[str, float]:
-    return {**_entropy(found.ce, found), "kl": found.kl / found.tokens, "top1": found.same / found.tokens}
+def _figures(found: Comparison, job: Job) -> dict[str, float]:
+    places = found.tokens if found.spans is None else max(1, found.spans)
+    return {**_entropy(found.ce, found), job.options.measure: found.kl / places, "top1": found.same / places}
 
 
 def _say_figures(when: str, figures: Mapping[str, float]) -> None:
-    say(f"student, {when}: cross-entropy {figures['cross_entropy']:.4f}, KL {figures['kl']:.4f}, "
+    key = measure_of(figures)
+    say(f"student, {when}: cross-entropy {figures['cross_entropy']:.4f}, {key.upper()} {figures[key]:.4f}, "
         f"same top token {figures['top1']:.1%}")  # fmt: skip
 
 
@@ -337,7 +355,7 @@ def _cache_entry(job: Job) -> dict[str, Any]:
 
 def _results(job: Job, shape: ModelShape, facts: Mapping[str, Any], trained: Comparison) -> dict[str, Any]:
     seconds, tokens = float(facts["seconds"]), int(facts["tokens"])
-    held_out = {**facts["held_out"], "trained": _figures(trained)}
+    held_out = {**facts["held_out"], "trained": _figures(trained, job)}
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "start": _start(job),
