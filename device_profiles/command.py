@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,9 +67,10 @@ def plan(
         footprint = {"runtime": runtime, "context": facts.context, "bytes": predict(facts).by_cause()}
         emit_json({**made.as_dict(), "footprint": footprint, "verdict": verdict and verdict.as_dict()})
     else:
-        from device_profiles.tables import plan_tables, verdict_tables
+        from device_profiles.tables import outcome, plan_tables, verdict_tables
 
-        _show([*plan_tables(made), *(verdict_tables(verdict) if verdict else [])])
+        against = [*verdict_tables(verdict), outcome(verdict, verdict.fits)] if verdict else []
+        _show([*plan_tables(made), *against])
     if verdict:
         require_fit(verdict)
     return 0
@@ -80,11 +82,18 @@ def check(
     *,
     profile: str,
     context: int | None = None,
+    measure: Annotated[bool, Negative] = False,
+    measure_tokens: int | None = None,
+    measure_minutes: float = 60,
+    picture: Path | None = None,
+    junit: Path | None = None,
+    record: bool = True,
     json: Annotated[bool, Negative] = False,
 ) -> int:
-    """Check a bundle's memory against a phone's budget, from its manifest; loads no model.
+    """Check a bundle's memory against a phone's budget: from its manifest, or by running it under that budget.
 
-    The exit status is 0 where it fits, 1 where it does not, 2 where the bundle or the request is broken.
+    The exit status is 0 where it fits, 1 where it does not, 2 where the bundle or the request is broken. In a step of
+    GitHub Actions the verdict is added to the step's summary.
 
     Parameters
     ----------
@@ -94,22 +103,52 @@ def check(
         Phone to hold it against: a name from `nanokit profiles`, or the path of a profile file.
     context
         Positions in use, at most what the bundle was exported with (a .pte always keeps that much).
+    measure
+        Load it in its real runtime in a process of its own, under a hard limit on memory, prefill to the context
+        and decode. Linux only. The measurement decides then, not the forecast.
+    measure_tokens
+        Positions to prefill when measuring, instead of the whole context; the rest of the cache's memory is still
+        taken.
+    measure_minutes
+        Time after which a measurement is given up as failed: a model that pages may take days.
+    picture
+        Write the forecast by cause against the phone's limits as a PNG.
+    junit
+        Write the verdict as JUnit XML, for build servers.
+    record
+        Put the verdict and its evidence into the bundle's manifest.
     json
         Print one JSON object.
     """
-    from device_profiles.budget import require_fit
     from device_profiles.check import check_bundle
+    from device_profiles.gate import Checked, measure_check, report, require_passed
+    from device_profiles.gate import record as put
+    from nano.ci import check_report
+    from nano.progress import emit_json, say
 
+    if measure_tokens is not None and not measure:
+        raise RequestError("--measure-tokens is for --measure.", todo="add --measure")
+    for path in (picture, junit):
+        if path is not None:
+            check_report(path)
+    started = time.monotonic()
     verdict = check_bundle(bundle, profile, context)
+    measured = measure_check(bundle, verdict, measure_tokens, measure_minutes * 60, say) if measure else None
+    checked = Checked(bundle, verdict, measured, time.monotonic() - started)
     if json:
-        from nano.progress import emit_json
-
-        emit_json({"bundle": str(bundle), **verdict.as_dict()})
+        emit_json(checked.as_dict())
     else:
-        from device_profiles.tables import verdict_tables
+        from device_profiles.tables import checked_tables
 
-        _show(verdict_tables(verdict))
-    require_fit(verdict)
+        _show(checked_tables(checked))
+    if picture is not None:
+        from device_profiles.picture import write_picture
+
+        write_picture(picture, [verdict])
+    if record:
+        put(checked)
+    report(checked, junit)
+    require_passed(checked)
     return 0
 
 

@@ -177,7 +177,7 @@ def predict(facts: BundleFacts, context: int | None = None) -> Footprint:
         context: positions of the cache; the bundle's own where None.
     """
     if context is not None and context != facts.context:
-        facts = _at_context(facts, context)
+        facts = at_context(facts, context)
     constants = runtime_constants(facts.runtime)
     live = live_bytes(facts.shape, facts.chunk, facts.context, constants.scores)
     return Footprint(
@@ -319,7 +319,8 @@ def cache_bytes(shape: ModelShape, runtime: Runtime, context: int, chunk: int) -
     return sum(slots) * 2 * shape.num_kv_heads * shape.head_dim * FLOAT_BYTES
 
 
-def _at_context(facts: BundleFacts, context: int) -> BundleFacts:
+def at_context(facts: BundleFacts, context: int) -> BundleFacts:
+    """The same model with a cache of another length."""
     check_context(facts.shape, context)
     kv = cache_bytes(facts.shape, facts.runtime, context, facts.chunk)
     return replace(facts, context=context, kv_cache_bytes=kv, chunk=min(facts.chunk, context))

@@ -87,7 +87,7 @@ class Fact:
         if self.value is None:
             return UNKNOWN
         if isinstance(self.value, tuple):
-            return ", ".join(self.value)
+            return ", ".join(self.value) or "none"
         return self.value if isinstance(self.value, str) else f"{self.value:,g} {self.unit}"
 
 
@@ -96,6 +96,7 @@ _KINDS: Mapping[str, str] = MappingProxyType(
         "ram": "bytes",
         "app_dirty_memory": "bytes",
         "app_dirty_memory_entitled": "bytes",
+        "memory_limiter": "bytes",
         "app_memory": "bytes",
         "storage": "bytes",
         "pack_limit": "bytes",
@@ -125,6 +126,8 @@ class DeviceProfile:
         app_dirty_memory: what one foreground app may hold in pages that it has written (heap, packed weights,
             KV cache); past it the system kills the app. iOS counts just these ("footprint").
         app_dirty_memory_entitled: the same with iOS's increased-memory-limit entitlement.
+        memory_limiter: what Android 17's memory limiter lets a visible app hold (memory.high of its cgroup) before it
+            evicts the app's file pages and swaps out its anonymous ones. Makers set it and publish it for no phone.
         app_memory: what one foreground app may keep resident in all, mapped files included; past it the
             system pages the weights back in for every token, or kills.
         storage: built in, smallest model sold.
@@ -132,7 +135,8 @@ class DeviceProfile:
         app_limit: largest app in the store, packs included.
         memory_bandwidth: peak of the memory bus.
         cpu_cores: how many, all kinds together.
-        cpu_features: instructions that int8 kernels use ("dotprod", "i8mm").
+        cpu_features: instructions that int8 kernels use ("dotprod", "i8mm"); an empty list where it is known to have
+            none.
         runtimes: which of "executorch" and "onnx" run on it.
         quantization: weight forms that they take there.
         os_version: what the facts hold for.
@@ -147,6 +151,7 @@ class DeviceProfile:
     ram: Fact = Fact()
     app_dirty_memory: Fact = Fact()
     app_dirty_memory_entitled: Fact = Fact()
+    memory_limiter: Fact = Fact()
     app_memory: Fact = Fact()
     storage: Fact = Fact()
     pack_limit: Fact = Fact()
@@ -271,7 +276,7 @@ def _check_value(path: Path, name: str, kind: str, value: Any) -> None:
     numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind in ("bytes", "rate", "count") and not (numeric and 0 < value < float("inf")):
         raise _wrong(path, name, f"value {value!r}", f'a positive number in {", ".join(_UNITS[kind])}, or "{UNKNOWN}"')
-    if kind == "texts" and not _is_texts(value, least=1):
+    if kind == "texts" and not _is_texts(value, least=0 if name == "cpu_features" else 1):
         raise _wrong(path, name, f"value {value!r}", f'a list of texts, or "{UNKNOWN}"')
     if kind == "text" and not isinstance(value, str):
         raise _wrong(path, name, f"value {value!r}", f'a text, or "{UNKNOWN}"')

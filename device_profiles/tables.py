@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from device_profiles.budget import Verdict
 from device_profiles.footprint import runtime_constants
+from device_profiles.gate import Checked
+from device_profiles.measure import Measurement
 from device_profiles.plan import Plan, multiplied
 from device_profiles.profile import DeviceProfile, decimal_bytes
 
@@ -43,12 +45,65 @@ def verdict_tables(verdict: Verdict) -> list[RenderableType]:
         lines.append(Text(f"longest context that fits: {verdict.longest_context:,} positions"))
     for advice in verdict.advice:
         lines.append(Text(f"to make it fit: {advice}"))
-    name = verdict.profile.name
-    if verdict.fits:
-        lines.append(Text(f"It fits {name}.", style="bold green"))
-    else:
-        lines.append(Text(f"It does not fit {name}.", style="bold red"))
     return lines
+
+
+def checked_tables(checked: Checked) -> list[RenderableType]:
+    """The forecast, what was measured, and the verdict of both."""
+    lines = verdict_tables(checked.verdict)
+    if checked.measured is not None:
+        lines += measured_lines(checked.measured, checked.verdict.footprint.dirty)
+    return [*lines, outcome(checked.verdict, checked.fits)]
+
+
+def outcome(verdict: Verdict, fits: bool) -> RenderableType:
+    """The last line: whether it fits."""
+    from rich.text import Text
+
+    name = verdict.profile.name
+    return Text(f"It fits {name}.", style="bold green") if fits else Text(f"It does not fit {name}.", style="bold red")
+
+
+def measured_lines(measured: Measurement, predicted: int) -> list[RenderableType]:
+    """What happened under the cap: phase by phase, the peak beside the forecast, what paging costs.
+
+    Args:
+        measured: what was measured.
+        predicted: bytes written that were forecast.
+    """
+    from rich.text import Text
+
+    table = _table(f"Measured under {measured.cap}{_limits_of(measured)}")
+    table.add_column("phase", no_wrap=True)
+    for heading in ("time", "tokens/s", "written", "from storage"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for phase in measured.phases:
+        took = "[bold red]killed[/]" if phase.seconds is None else f"{phase.seconds:,.2f} s"
+        rate = f"{phase.per_second:,.3g}" if phase.units > 1 or phase.name.startswith("decode") else ""
+        written = decimal_bytes(max(phase.peak_anonymous - measured.base, 0))
+        table.add_row(phase.name, took, rate, written, decimal_bytes(phase.bytes_read) if phase.bytes_read else "")
+    sums = {key: decimal_bytes(value) for key, value in measured.samples.items()}
+    lines: list[RenderableType] = [table]
+    lines.append(Text(f"whole process at most: RSS {sums['rss']}, PSS {sums['pss']}, clean {sums['clean']}, dirty {sums['dirty']}"))  # noqa: E501  # fmt: skip
+    base = decimal_bytes(measured.base)
+    lines.append(Text(f"of which Python and the runtime's libraries took {base} before the bundle was opened"))
+    lines.append(Text(f"{measured.prefilled:,} of {measured.context:,} positions were prefilled, the cache's memory was written to whole"))  # noqa: E501  # fmt: skip
+    if measured.died is None:
+        error = predicted / measured.peak_dirty - 1
+        peak = f"peak written {decimal_bytes(measured.peak_dirty)}, forecast {decimal_bytes(predicted)}"
+        lines.append(Text(f"{peak} ({error:+.1%})", style="bold"))
+    else:
+        lines.append(Text(f"killed by {measured.killer}", style="bold red"))
+    return lines
+
+
+def _limits_of(measured: Measurement) -> str:
+    parts = []
+    if measured.limit is not None:
+        parts.append(f"{decimal_bytes(measured.limit)} resident")
+    if measured.dirty_limit is not None:
+        parts.append(f"{decimal_bytes(measured.dirty_limit)} written")
+    return f": {', '.join(parts)}" if parts else ""
 
 
 def profiles_table(profiles: list[DeviceProfile]) -> Table:

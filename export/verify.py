@@ -128,7 +128,7 @@ def verify_bundle(folder: Path, against: Path | None = None) -> Verification:
         bytes=sum(size for size, _ in entries.values()),
         faults=faults,
         unlisted=unlisted_files(folder, manifest),
-        history=tuple(_history(manifest.inputs)),
+        history=history_of(manifest.inputs),
         exact=exact,
         same_checkpoint=same,
     )
@@ -204,6 +204,11 @@ def unlisted_files(folder: Path, manifest: Manifest) -> tuple[str, ...]:
     """Files below a folder that its manifest does not name."""
     found = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
     return tuple(name for name in found if name != NAME and name not in manifest.files)
+
+
+def history_of(inputs: Any) -> tuple[Ancestor, ...]:
+    """What a folder was made of, and that of what, as the inputs of its manifest tell it."""
+    return tuple(_history(inputs))
 
 
 def _history(inputs: Any, depth: int = 1) -> Iterator[Ancestor]:

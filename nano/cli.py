@@ -30,6 +30,16 @@ COMMANDS = {
     "evaluate": ("nano.command:evaluate", "Perplexity, and divergence from a reference, of any stage."),
     "generate": ("nano.command:generate", "Continue a prompt with any stage's model."),
     "build": ("nano.command:build", "Run a recipe end to end; skip what has not changed."),
+    "push": ("export.store.command:push", "Put a bundle into a store: an OCI layout folder or a registry."),
+    "pull": ("export.store.command:pull", "Bring an artifact into a folder: whole, checked, the best for a phone."),
+    "ls": ("export.store.command:ls", "List artifacts in a store."),
+    "inspect": ("export.store.command:inspect", "Show what a store says of one artifact."),
+    "tags": ("export.store.command:tags", "List the tags of a name."),
+    "rm": ("export.store.command:rm", "Take a tag out of a local store."),
+    "gc": ("export.store.command:gc", "Delete what no tag of a local store leads to."),
+    "sign": ("export.store.command:sign", "Sign an artifact, as cosign does with a key pair."),
+    "keygen": ("export.store.command:keygen", "Make a key pair to sign artifacts with."),
+    "catalog": ("export.store.command:catalog", "Make a static page of a store's artifacts."),
     "profiles": ("device_profiles.command:profiles", "List the device profiles, or show one with its sources."),
 }
 

@@ -78,7 +78,7 @@ def _mount(session: Any, plain_http: bool) -> None:
     """Time limits, no plain HTTP to strangers (wherever a redirect or a login leads), no cookies, no netrc."""
     from requests.adapters import HTTPAdapter
 
-    class Adapter(HTTPAdapter):
+    class Adapter(HTTPAdapter):  # type: ignore[misc]
         def send(self, request: Any, **rest: Any) -> Any:
             parts = urlsplit(request.url)
             if parts.scheme == "http" and not plain_http and not is_loopback(parts.netloc.rpartition("@")[2]):
@@ -214,4 +214,7 @@ def _login_wanted(host: str, found: str) -> RequestError:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+    """An exception's message without the layers of libraries around the reason."""
+    line = (str(error).splitlines() or [""])[0]
+    cause = line.rpartition("(Caused by ")[2]
+    return (cause[cause.index("[Errno") :] if "[Errno" in cause else cause).strip("')\"")[:200]

@@ -1,7 +1,7 @@
 """Credentials of a registry, from docker's config file, as `docker login` and its helpers keep them.
 
 $DOCKER_CONFIG/config.json or ~/.docker/config.json: "auths" (base64 of user:password), "credHelpers" (a program a
-registry), "credsStore" (a program for all). oras-py runs the helpers; it reads only ~/.docker, so the file is read here.
+registry), "credsStore" (a program for all). oras-py runs the helpers, but reads ~/.docker alone.
 """
 
 from __future__ import annotations

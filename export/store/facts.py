@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
 from typing import Any
 
@@ -26,12 +26,14 @@ class Verdict:
 
     Attributes:
         passed: whether it did.
-        peak_bytes: the memory it took by the measure that the phone limits; 0 where not recorded.
+        context: positions that it was measured with.
+        peak_bytes: the most memory that it wrote to; 0 where not recorded.
         tokens_per_second: of decoding, on the machine that measured; 0 where not recorded.
         reason: why not, in a few words; empty where it passed.
     """
 
     passed: bool
+    context: int = 0
     peak_bytes: int = 0
     tokens_per_second: float = 0.0
     reason: str = ""
@@ -94,8 +96,8 @@ def facts_of(manifest: Manifest) -> Facts:
 def annotations_of(facts: Facts) -> dict[str, str]:
     """The facts as an OCI manifest's annotations: strings, JSON where there is more to say."""
     verdicts = {
-        name: {"passed": v.passed, "peak_bytes": v.peak_bytes, "tokens_per_second": v.tokens_per_second, "reason": v.reason}  # noqa: E501  # fmt: skip
-        for name, v in facts.verdicts.items()
+        name: {key: value for key, value in asdict(verdict).items() if value or key == "passed"}
+        for name, verdict in facts.verdicts.items()
     }
     said = {
         CREATED: facts.created,
@@ -125,6 +127,7 @@ def read_facts(annotations: Mapping[str, Any]) -> Facts:
         speed = one.get("tokens_per_second")
         verdicts[str(name)] = Verdict(
             passed=one.get("passed") is True,
+            context=_whole(one.get("context")),
             peak_bytes=_whole(one.get("peak_bytes")),
             tokens_per_second=float(speed) if isinstance(speed, (int, float)) else 0.0,
             reason=str(one.get("reason", ""))[:300],
@@ -145,8 +148,39 @@ def read_facts(annotations: Mapping[str, Any]) -> Facts:
 
 
 def _measured(results: Mapping[str, Any]) -> dict[str, Verdict]:
-    """Verdicts that `nanokit check --measure` recorded."""
-    return {}
+    """Verdicts that `nanokit check --measure` recorded (`device_profiles.gate.record`), one a phone.
+
+    Measured at several contexts, the longest that passed stands; where none did, the shortest.
+    """
+    found: dict[str, Verdict] = {}
+    for key, raw in _mapping(results.get("checks")).items():
+        measured = _mapping(_mapping(raw).get("measured"))
+        profile, _, context = str(key).rpartition("@")
+        if not profile or not isinstance(measured.get("fits"), bool):
+            continue
+        phases = [_mapping(p) for p in measured.get("phases") or []]
+        speed = next((p.get("units_per_second") for p in phases if p.get("name") == "decode"), 0.0)
+        verdict = Verdict(
+            passed=measured["fits"],
+            context=_whole(context),
+            peak_bytes=_whole(measured.get("peak_dirty")),
+            tokens_per_second=round(float(speed), 3) if isinstance(speed, (int, float)) else 0.0,
+            reason=_reason(measured),
+        )
+        found[profile] = max((verdict, found.get(profile, verdict)), key=_standing)
+    return found
+
+
+def _standing(verdict: Verdict) -> tuple[bool, int]:
+    return verdict.passed, verdict.context if verdict.passed else -verdict.context
+
+
+def _reason(measured: Mapping[str, Any]) -> str:
+    if measured["fits"]:
+        return ""
+    if died := measured.get("died"):
+        return f"killed in the phase '{died}'"
+    return "pages: weights are read from storage for every token"
 
 
 def _scores(results: Mapping[str, Any]) -> dict[str, float]:

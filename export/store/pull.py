@@ -16,13 +16,14 @@ from pathlib import Path
 
 from export.store.artifact import Artifact, Descriptor, File
 from export.store.backend import Store, open_store
+from export.store.check import require_same_files
 from export.store.reference import Reference, default_store
 from export.store.select import Tagged, choose
 from export.store.signing import require_signature
 from export.store.transfer import Meter, fetch, held, in_parallel
-from nano.errors import BadFileError, NoSpaceError, OutputExistsError, RequestError, WorkError
+from nano.errors import NoSpaceError, OutputExistsError, RequestError
 from nano.folder import MIB, check_output, human_bytes, is_no_space, replace_folder, require_space, sha256_file
-from nano.manifest import NAME, read_manifest
+from nano.manifest import read_manifest
 from nano.progress import say, track
 
 JOBS = 4
@@ -124,7 +125,7 @@ def _pull_folder(
     whole = parts / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     _arrange(wanted, parts, whole)
-    _require_consistent(whole, wanted)
+    require_same_files(read_manifest(whole).files, tuple(wanted))
     replace_folder(whole, out.absolute())
     shutil.rmtree(parts, ignore_errors=True)
     return moved
@@ -216,18 +217,6 @@ def _arrange(files: Sequence[File], parts: Path, whole: Path) -> None:
             shutil.copyfile(_part(parts, file.blob), target)
         else:
             os.replace(_part(parts, file.blob), target)
-
-
-def _require_consistent(folder: Path, files: Sequence[File]) -> None:
-    """The bundle's own manifest.json must name the very files that the artifact holds."""
-    layers = {file.path: (file.blob.digest, file.blob.size) for file in files if file.path != NAME}
-    try:
-        named = {k: (f"sha256:{v['sha256']}", v["bytes"]) for k, v in read_manifest(folder).files.items()}
-    except (BadFileError, KeyError, TypeError) as error:
-        raise WorkError("The artifact holds no usable manifest.json.", found=str(error).splitlines()[0], todo="do not use this artifact; tell whoever published it") from None  # noqa: E501  # fmt: skip
-    if named != layers:
-        differing = sorted(k for k in {*named, *layers} if named.get(k) != layers.get(k))
-        raise WorkError("The artifact's files are not those that its manifest.json names.", found=", ".join(differing[:5]), todo="do not use this artifact; tell whoever published it")  # noqa: E501  # fmt: skip
 
 
 def _is_there(path: Path, blob: Descriptor) -> bool:

@@ -1,4 +1,7 @@
-"""Push: a bundle into a store. Only blobs that the store lacks travel; the manifest goes last, so a tag is never half."""
+"""Push: a bundle into a store.
+
+Only blobs that the store lacks travel. The manifest goes last, so a tag is never half there.
+"""
 
 from __future__ import annotations
 

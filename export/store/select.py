@@ -95,8 +95,8 @@ def why_not(artifact: Artifact, profile: str) -> str:
     if verdict is None:
         measured = ", ".join(sorted(artifact.facts.verdicts))
         return f"never measured on {profile}" + (f" (only on {measured})" if measured else "")
-    took = f", took {human_bytes(verdict.peak_bytes)}" if verdict.peak_bytes else ""
-    return f"{verdict.reason or 'over the limit'}{took}"
+    took = f", having written {human_bytes(verdict.peak_bytes)}" if verdict.peak_bytes else ""
+    return f"at context {verdict.context:,} {verdict.reason or 'over the limit'}{took}"
 
 
 def _none_passes(candidates: list[Tagged], profile: str) -> CheckFailedError:

@@ -4,8 +4,8 @@
     stored    as cosign stores it: an image manifest tagged sha256-<hex of D>.sig beside the artifact, a layer a
               signature, the signature itself in base64 in the annotation dev.cosignproject.cosign/signature
 
-Source: sigstore/cosign specs/SIGNATURE_SPEC.md. `cosign verify --key K.pub --insecure-ignore-tlog` reads what is written
-here, and what `cosign sign --key` stored is read here. The digest covers the manifest, which names every file's digest.
+Source: sigstore/cosign specs/SIGNATURE_SPEC.md. `cosign verify --key K.pub --insecure-ignore-tlog` reads what is
+written here, and what `cosign sign --key` stored is read here. The manifest's digest covers every file's.
 
 Keys are plain PEM (PKCS#8, with a password where wanted). cosign's own encrypted form (scrypt and NaCl's secretbox)
 is not read; `cosign import-key-pair` takes ours the other way.
