@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check-all clean
+.PHONY: help demo test lint types check-all registry clean
 
 help:
 	@echo "make demo   set up .venv and run the main job on the embedded teacher"
 	@echo "make test   set up .venv and run all tests"
 	@echo "make lint   ruff; make types: mypy --strict; make check-all: all of it"
+	@echo "make registry  run Debian's docker-registry on 127.0.0.1:5000 (ARGS=\"--port N --root DIR\")"
 	@echo "make clean  remove .venv and demo-out"
 
 # torch is installed first and by itself: a resolver left to choose would fetch gigabytes of GPU libraries.
@@ -43,6 +44,10 @@ types: $(VENV)/dev
 	$(BIN)/mypy
 
 check-all: lint types test
+
+# Needs no .venv: the registry is Debian's own program, fetched without root where it is not installed.
+registry:
+	$(PYTHON) benchmarks/registry_server.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo-out
