@@ -163,12 +163,18 @@ def _check(threads: int, prompt: int, decode: int, repeat: int, context: int) ->
 
 
 def bytes_a_token(facts: BundleFacts, footprint: Mapping[str, Any], position: int) -> int:
-    """Bytes that decoding one token at a position must read: weights, and what its attention sees of the cache."""
+    """Bytes that decoding one token at a position must read: weights, and what its attention sees of the cache.
+
+    Of the rotation tables, which bundles hold among their float weights, a token reads one row: they are left out.
+    """
+    shape = facts.shape
     element = {"float32": 4, "float16": 2}.get(str(footprint.get("kv_cache_dtype", "float32")), 1)
-    window = facts.shape.sliding_window or position
-    seen = sum(min(position, window) if kind == SLIDING else position for kind in facts.shape.layer_types)
-    cache = 2 * element * seen * facts.shape.num_kv_heads * facts.shape.head_dim
-    return facts.packed_source_bytes + facts.float_head_bytes + int(footprint["float_weight_bytes"]) + cache
+    window = shape.sliding_window or position
+    seen = sum(min(position, window) if kind == SLIDING else position for kind in shape.layer_types)
+    cache = 2 * element * seen * shape.num_kv_heads * shape.head_dim
+    rotation = 4 * facts.context * shape.head_dim * len(set(shape.layer_types))
+    floats = max(0, int(footprint["float_weight_bytes"]) - rotation)
+    return facts.packed_source_bytes + facts.float_head_bytes + floats + cache
 
 
 def measure(request: Mapping[str, Any]) -> dict[str, Any]:

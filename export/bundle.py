@@ -50,38 +50,50 @@ class Exactness:
     Attributes:
         modules: how many were compared.
         codes: how many codes were compared.
-        differing: names of modules whose codes or scales differ from the checkpoint's, or that are missing.
+        differing: names of modules whose codes or scales differ from the checkpoint's, or that are missing or too
+            many; in the model's order.
+        first: how the first of them differs, in plain words.
     """
 
     modules: int
     codes: int
     differing: tuple[str, ...]
+    first: str = ""
 
 
 def compare_codes(folder: Path, format: Format, checkpoint: Int4Checkpoint) -> Exactness:
     """Compare every code and scale in a bundle with the int4 checkpoint it came from."""
-    wanted = set(checkpoint.modules)
-    codes, differing = 0, []
-    seen: set[str] = set()
+    wanted = checkpoint.modules
+    codes, differences, seen = 0, {}, set()
     with track("read back", len(wanted), "modules") as progress:
         for name, found in read_codes(folder, format):
             seen.add(name)
             codes += found.codes_NK.numel()
-            if name not in wanted or not _same(found, checkpoint.quantized(name)):
-                differing.append(name)
+            difference = _difference(found, checkpoint.quantized(name)) if name in checkpoint else "not a module of it"
+            if difference:
+                differences[name] = difference
             progress.advance()
-    return Exactness(len(seen), codes, tuple(sorted({*differing, *(wanted - seen)})))
+    differences |= {name: "missing" for name in wanted if name not in seen}
+    differing = sorted(differences, key=lambda name: wanted.index(name) if name in checkpoint else len(wanted))
+    return Exactness(len(seen), codes, tuple(differing), differences[differing[0]] if differing else "")
 
 
-def _same(found: QuantizedTensor, wanted: QuantizedTensor) -> bool:
-    """Codes, scales and zero points alike; an artifact may repeat a scale over smaller groups than the checkpoint's."""
+def _difference(found: QuantizedTensor, wanted: QuantizedTensor) -> str:
+    """How two modules differ, empty where they do not; an artifact may repeat a scale over smaller groups."""
     repeat, rest = divmod(wanted.group_size, found.group_size)
     if rest or found.bits != wanted.bits or (found.zero_NG is None) != (wanted.zero_NG is None):
-        return False
-    pairs = [(found.codes_NK, wanted.codes_NK), (found.scale_NG, wanted.scale_NG.repeat_interleave(repeat, 1))]
+        return f"{found.bits} bits in groups of {found.group_size}, not {wanted.bits} in {wanted.group_size}"
+    pairs = [("codes", found.codes_NK, wanted.codes_NK), ("scales", found.scale_NG, wanted.scale_NG)]
     if found.zero_NG is not None and wanted.zero_NG is not None:
-        pairs.append((found.zero_NG, wanted.zero_NG.repeat_interleave(repeat, 1)))
-    return all(torch.equal(a, b) for a, b in pairs)
+        pairs.append(("zero points", found.zero_NG, wanted.zero_NG))
+    differences = []
+    for part, ours, theirs in pairs:
+        theirs = theirs if part == "codes" else theirs.repeat_interleave(repeat, 1)
+        if ours.shape != theirs.shape:
+            differences.append(f"{part} of shape {tuple(ours.shape)}, not {tuple(theirs.shape)}")
+        elif not torch.equal(ours, theirs):
+            differences.append(f"{int((ours != theirs).sum()):,} of {ours.numel():,} {part}")
+    return ", ".join(differences)
 
 
 def require_exact(exactness: Exactness) -> None:

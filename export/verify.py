@@ -20,6 +20,7 @@ from nano.errors import BadFileError, CheckFailedError, RequestError
 from nano.folder import MIB, human_bytes, sha256_file
 from nano.manifest import NAME, Manifest, fingerprint, read_manifest
 from nano.progress import track
+from nano.shapes import read_config
 
 if TYPE_CHECKING:
     from export.bundle import Exactness
@@ -116,11 +117,11 @@ def verify_bundle(folder: Path, against: Path | None = None) -> Verification:
             expected=f"one of kind {' or '.join(BUNDLES)}",
             todo="leave --against out: the files' hashes are checked for every kind",
         )
+    if against is not None:
+        read_config(against)  # a wrong path is told before gigabytes are hashed
     entries = _entries(manifest, folder)
     faults = tuple(_faults(folder, entries))
-    exact, same = None, None
-    if against is not None and not faults:
-        exact, same = _compare(folder, manifest, against)
+    exact, same = (None, None) if against is None else _compare(folder, manifest, against, faults)
     return Verification(
         kind=manifest.kind,
         fingerprint=fingerprint(folder),
@@ -140,20 +141,27 @@ def require_verified(verification: Verification, folder: Path) -> None:
     Raises:
         CheckFailedError: a file or a tensor differs.
     """
+    files = ""
     if verification.faults:
-        first, count = verification.faults[0], len(verification.faults)
-        raise CheckFailedError(
-            f"{folder} is not what its manifest says: {count} of {verification.files} files.",
-            found=f"'{first.file}': {first.found}",
-            expected=first.expected,
-            todo="copy the folder again, or make it again",
-        )
+        first = verification.faults[0]
+        files = f"'{first.file}': {first.found}"
+        if len(verification.faults) > 1:
+            files += f"; and {len(verification.faults) - 1} more of {verification.files} files"
     exact = verification.exact
     if exact is not None and exact.differing:
+        tensors = f"{len(exact.differing)} tensors differ, the first is '{exact.differing[0]}': {exact.first}"
         raise CheckFailedError(
-            "The bundle does not hold the checkpoint's codes and scales.",
-            found=f"{len(exact.differing)} of {exact.modules} tensors differ, the first is '{exact.differing[0]}'",
-            todo="name the int4 folder that it was made from, or export it again",
+            f"{folder} does not hold the checkpoint's codes and scales.",
+            found=f"{tensors}\n            {files}" if files else tensors,
+            expected=f"{NAME} says {verification.faults[0].expected}" if files else None,
+            todo="copy the folder again" if files else "name the int4 folder it was made from, or export it again",
+        )
+    if files:
+        raise CheckFailedError(
+            f"{folder} is not what its manifest says.",
+            found=files,
+            expected=verification.faults[0].expected,
+            todo="copy the folder again, or make it again",
         )
 
 
@@ -225,16 +233,26 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _compare(folder: Path, manifest: Manifest, against: Path) -> tuple[Exactness, bool]:
-    """Codes and scales of the artifact against the checkpoint's; and whether it is the one the manifest names."""
+def _compare(
+    folder: Path, manifest: Manifest, against: Path, faults: tuple[Fault, ...]
+) -> tuple[Exactness | None, bool]:
+    """Codes and scales of the artifact against the checkpoint's; and whether it is the one the manifest names.
+
+    A damaged file is compared too, to name the tensor; where it cannot be read any more, its hash has said so.
+    """
     from export.bundle import FORMATS, compare_codes
     from quantize.packed import Int4Checkpoint
 
     format = next(one for one in FORMATS if one == manifest.kind)
-    with Int4Checkpoint(against) as checkpoint:
-        exact = compare_codes(folder, format, checkpoint)
     recorded = _mapping(_mapping(manifest.inputs).get("int4")).get("fingerprint")
-    return exact, fingerprint(against) == recorded
+    same = fingerprint(against) == recorded
+    with Int4Checkpoint(against) as checkpoint:
+        try:
+            return compare_codes(folder, format, checkpoint), same
+        except BadFileError:
+            if not faults:
+                raise
+            return None, same
 
 
 def summary(verification: Verification) -> list[tuple[str, str]]:
