@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,21 +42,35 @@ class Build:
 
     def stage(self, name: str, target: Path, inputs: dict[str, Any], make: Callable[[], Any]) -> None:
         """Make `target` unless it is whole and was made from the same inputs."""
-        described = json.dumps({"stage": name, "version": __version__, **inputs}, sort_keys=True, default=str)
-        key = hashlib.sha256(described.encode()).hexdigest()
-        label = target.relative_to(self.out).as_posix()
-        if not self.rebuild and self.keys.get(label) == key and is_whole(target):
-            self.skipped += 1
-            say(f"── {label}: unchanged")
+        self.stages(name, {target: inputs}, lambda _targets: make())
+
+    def stages(self, name: str, inputs: Mapping[Path, Any], make: Callable[[list[Path]], Any]) -> None:
+        """Make in one go those targets that are not whole, or were made from other inputs."""
+        labels = {target: target.relative_to(self.out).as_posix() for target in inputs}
+        keys = {target: _key(name, its) for target, its in inputs.items()}
+        wanted = [t for t in inputs if self.rebuild or self.keys.get(labels[t]) != keys[t] or not is_whole(t)]
+        for target in inputs:
+            if target not in wanted:
+                say(f"── {labels[target]}: unchanged")
+        self.skipped += len(inputs) - len(wanted)
+        if not wanted:
             return
-        say(f"── {label}")
-        self.keys.pop(label, None)
+        together = ", ".join(labels[target] for target in wanted)
+        say(f"── {together}")
+        for target in wanted:
+            self.keys.pop(labels[target], None)
         start = time.monotonic()
-        make()
-        self.ran += 1
-        self.keys[label] = key
+        make(wanted)
+        self.ran += len(wanted)
+        self.keys.update({labels[target]: keys[target] for target in wanted})
         write_text_atomically(self.out / STATE, json.dumps(self.keys, indent=2) + "\n")
-        say(f"   {label}: {time.monotonic() - start:.0f} s")
+        say(f"   {together}: {time.monotonic() - start:.0f} s")
+
+
+def _key(name: str, inputs: Mapping[str, Any]) -> str:
+    """A hash of all that a stage's output depends on."""
+    described = json.dumps({"stage": name, "version": __version__, **inputs}, sort_keys=True, default=str)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def is_whole(target: Path) -> bool:
@@ -82,6 +96,7 @@ def run_recipe(path: Path, *, out: Path | None, rebuild: bool, json_mode: bool) 
     recipe = read_recipe(path)
     build = _open_build(recipe, out or Path(recipe.out or f"{recipe.name}-out"), rebuild)
     teacher, data, heldout = _inputs(recipe, build.out)
+    _distill_all(build, teacher, data)
     rows = []
     for wish in recipe.students:
         rows += _build_student(build, wish, teacher, data, heldout)
@@ -134,24 +149,26 @@ def _door(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _distill_all(build: Build, teacher: Path, data: list[Path]) -> None:
+    """All students whose inputs changed, in one pass of the teacher."""
+    recipe = build.recipe
+    sizes = {build.out / w.name / "student": w.size for w in recipe.students if w.size != "teacher"}
+    common = {"teacher": fingerprint(teacher), "data": fingerprints(data), "options": recipe.distill}
+
+    def make(students: list[Path]) -> None:
+        wanted = [(sizes[student], student) for student in students]
+        _door("distill.run:run_distill_many")(teacher, wanted, data, recipe.distill, force=True, resume=None)
+
+    build.stages("distill", {student: {**common, "size": size} for student, size in sizes.items()}, make)
+
+
 def _build_student(
     build: Build, wish: StudentWish, teacher: Path, data: list[Path], heldout: list[Path]
 ) -> list[dict[str, Any]]:
-    """One student all the way; a row for each of its artifacts."""
+    """A distilled student all the way; a row for each of its artifacts."""
     recipe, home = build.recipe, build.out / wish.name
     data_hashes = fingerprints(data)
-    student = home / "student"
-    if wish.size == "teacher":
-        student = teacher
-    else:
-        inputs = {"teacher": fingerprint(teacher), "data": data_hashes, "size": wish.size, "options": recipe.distill}
-        distill = _door("distill.run:run_distill")
-        build.stage(
-            "distill",
-            student,
-            inputs,
-            lambda: distill(teacher, wish.size, data, student, recipe.distill, force=True, resume=None),
-        )
+    student = teacher if wish.size == "teacher" else home / "student"
     int4 = home / "int4"
     inputs = {"student": fingerprint(student), "data": data_hashes, "options": recipe.quantize}
     quantize = _door("quantize.run:run_quantize")

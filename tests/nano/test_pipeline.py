@@ -99,3 +99,58 @@ def test_somebody_elses_folder_is_refused(place: Path, tmp_path: Path, nanokit: 
     assert ran.status == 2
     assert "not an earlier build" in ran.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+
+
+STUDENTS = """
+[[student]]
+name = "large"
+size = "{large}"
+[[student]]
+name = "small"
+size = "{small}"
+[distill]
+steps = 2
+batch = 2
+length = 32
+eval_tokens = 200
+calibration_tokens = 500
+curves = false
+[quantize]
+"""
+
+
+def test_students_share_a_pass_of_the_teacher(
+    place: Path, tmp_path: Path, stories: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distill.run import run_distill
+    from nano.manifest import fingerprint
+    from nano.pipeline import _distill_all, _inputs, _open_build
+    from nano.recipe import Recipe, read_recipe
+
+    def build(large: str, small: str) -> tuple[Recipe, int, int, str]:
+        text = (place / "recipe.toml").read_text().replace("[quantize]", STUDENTS.format(large=large, small=small))
+        (tmp_path / "two.toml").write_text(text)
+        recipe = read_recipe(tmp_path / "two.toml")
+        run = _open_build(recipe, tmp_path / "out", rebuild=False)
+        teacher, data, _ = _inputs(recipe, run.out)
+        _distill_all(run, teacher, data)
+        return recipe, run.ran, run.skipped, capsys.readouterr().err
+
+    def made() -> list[str]:
+        return [fingerprint(tmp_path / "out" / name / "student") for name in ("large", "small")]
+
+    recipe, ran, skipped, said = build("150k", "100k")
+    assert (ran, skipped) == (2, 0)
+    assert "── large/student, small/student\n" in said
+    assert said.count("resuming") == 0
+    assert said.count("2/2 steps") == 1, "both in one run"
+    both = made()
+    weights = (tmp_path / "out" / "small" / "student" / "model.safetensors").read_bytes()
+    run_distill(stories, "100k", [Path(p) for p in recipe.data], tmp_path / "alone", recipe.distill)
+    assert (tmp_path / "alone" / "model.safetensors").read_bytes() == weights
+    assert build("150k", "100k")[1:3] == (0, 2)
+    _, ran, skipped, said = build("130k", "100k")
+    assert (ran, skipped) == (1, 1)
+    assert "── small/student: unchanged" in said
+    again = made()
+    assert again[1] == both[1] != again[0] != both[0]
