@@ -129,6 +129,8 @@ def _forward(handler: BaseHTTPRequestHandler, proxy: Proxy, upstream: str) -> No
         _send_down(handler, proxy, link.getresponse(), fault)
     except (ConnectionError, http.client.HTTPException):
         handler.close_connection = True
+        with contextlib.suppress(OSError):
+            handler.connection.close()
     finally:
         link.close()
 
@@ -166,11 +168,10 @@ def _send_down(handler: Any, proxy: Proxy, response: http.client.HTTPResponse, f
         broken = 0 <= fault.cut <= sent + len(piece)
         if broken:
             piece = piece[: fault.cut - sent]
-        with contextlib.suppress(ConnectionError):
-            handler.wfile.write(piece)
-        sent += len(piece)
         with proxy.lock:
             proxy.blob_bytes += len(piece) if counted else 0
+        handler.wfile.write(piece)  # a client that is gone ends it: ConnectionError
+        sent += len(piece)
         if broken:
             handler.close_connection = True
             handler.connection.close()

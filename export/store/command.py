@@ -138,8 +138,8 @@ def ls(
     """
     from export.store.manage import list_artifacts, list_store
     from export.store.reference import default_store, parse_reference
-    from export.store.tables import artifact_row, artifacts_table
-    from nano.progress import emit_json, show
+    from export.store.tables import artifact_lines, artifact_row
+    from nano.progress import emit_json
 
     if reference is None:
         found = list_store(store or default_store())
@@ -148,7 +148,7 @@ def ls(
     if json:
         emit_json({"artifacts": [artifact_row(one) for one in found]})
     else:
-        show(artifacts_table(found))
+        print("\n".join(artifact_lines(found)))
     return 0
 
 
