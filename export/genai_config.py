@@ -13,7 +13,14 @@ from nano.tokens import TextTokenizer
 
 
 def genai_config(
-    shape: ModelShape, config: dict[str, Any], tokenizer: TextTokenizer, *, context: int, chunk: int, slack: int | None
+    shape: ModelShape,
+    config: dict[str, Any],
+    tokenizer: TextTokenizer,
+    *,
+    context: int,
+    chunk: int,
+    slack: int | None,
+    model: str = MODEL,
 ) -> dict[str, Any]:
     """The contents of genai_config.json.
 
@@ -24,6 +31,7 @@ def genai_config(
         context: positions that the cache may hold.
         chunk: longest piece of a prompt that one call takes.
         slack: positions kept beyond the window by sliding layers; None where their caches are full-length.
+        model: name of the model file.
     """
     eos = list(tokenizer.eos_ids) or [0]
     bos = tokenizer.bos_id if tokenizer.bos_id is not None else config.get("bos_token_id")
@@ -32,7 +40,7 @@ def genai_config(
         "model": {
             "bos_token_id": bos if isinstance(bos, int) else eos[0],
             "context_length": context,
-            "decoder": _decoder(shape, slack),
+            "decoder": _decoder(shape, slack, model),
             "eos_token_id": eos if len(eos) > 1 else eos[0],
             "pad_token_id": pad if isinstance(pad, int) else eos[0],
             "type": shape.family,
@@ -55,11 +63,11 @@ def genai_config(
     }
 
 
-def _decoder(shape: ModelShape, slack: int | None) -> dict[str, Any]:
+def _decoder(shape: ModelShape, slack: int | None, model: str) -> dict[str, Any]:
     """The [model.decoder] part: names of inputs and outputs, the session's options, the sliding window."""
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **SESSION_OPTIONS},
-        "filename": MODEL,
+        "filename": model,
         "head_size": shape.head_dim,
         "hidden_size": shape.hidden_size,
         "inputs": {

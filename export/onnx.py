@@ -17,11 +17,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from export import onnx_ort
 from export.arithmetic import read_arithmetic, resolve_context
 from export.genai_config import genai_config
 from export.grids import check_grid
 from export.onnx_data import DataFile
-from export.onnx_files import CONFIG, DATA, MODEL
+from export.onnx_files import CONFIG, DATA, MODEL, ORT_MODEL
 from export.onnx_graph import DecoderGraph, GraphOptions
 from export.options import ExportOptions
 from nano.errors import UnsupportedError, require_module
@@ -66,18 +67,23 @@ def write_onnx(
     graph.opset_imports.update({"": OPSET, "com.microsoft": CONTRIB_OPSET})
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="nanokit")
     model.metadata_props.update(_metadata(checkpoint.shape, options, context, slack))
+    if options.ort:
+        onnx_ort.check_size(graph)
     ir.save(model, folder / MODEL)
     data.write(folder)
+    if options.ort:
+        onnx_ort.convert(folder)
     config = genai_config(
-        checkpoint.shape, checkpoint.config, tokenizer, context=context, chunk=options.chunk, slack=slack
-    )
+        checkpoint.shape, checkpoint.config, tokenizer, context=context, chunk=options.chunk, slack=slack,
+        model=ORT_MODEL if options.ort else MODEL,
+    )  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if not (checkpoint.folder / TOKENIZER_CONFIG).is_file():
         (folder / TOKENIZER_CONFIG).write_text(json.dumps(_tokenizer_config(tokenizer)) + "\n", encoding="utf-8")
     operators = [node.op_type for node in graph]
     footprint = _footprint(checkpoint.shape, options, decoder, context, slack)
     return {
-        "footprint": {"file_bytes": sum((folder / name).stat().st_size for name in (MODEL, DATA)), **footprint},
+        "footprint": {"file_bytes": _file_bytes(folder), **footprint},
         "modules": decoder.modules,
         "graph": {
             "opset": OPSET,
@@ -86,6 +92,11 @@ def write_onnx(
             "operators": {name: operators.count(name) for name in sorted(set(operators))},
         },
     }
+
+
+def _file_bytes(folder: Path) -> int:
+    paths = (folder / name for name in (MODEL, DATA, ORT_MODEL))
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def _tokenizer_config(tokenizer: TextTokenizer) -> dict[str, Any]:
@@ -107,6 +118,12 @@ def check_onnx(checkpoint: Int4Checkpoint, options: ExportOptions) -> int:
     context = resolve_context(shape, options.context)
     if options.chunk < 1:
         raise UnsupportedError("The chunk is too small.", found=f"--chunk {options.chunk}", expected="at least 1")
+    if options.backend != ExportOptions.backend:
+        raise UnsupportedError(
+            "Backends are ExecuTorch's.",
+            found=f"--backend {options.backend}",
+            todo="leave it out: ONNX runs on the CPU",
+        )
     return context
 
 

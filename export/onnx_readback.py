@@ -1,4 +1,4 @@
-"""Codes and scales as they stand in a written ONNX bundle, read without any runtime.
+"""Codes and scales as they stand in a written ONNX bundle, read without running it.
 
 The reading follows the operators' own description (MatMulNBits, GatherBlockQuantized in ONNX Runtime's
 contrib_ops), not our writer: bits and block size come from the node, the nibbles from its second input.
@@ -8,7 +8,8 @@ Legend: N output channels, K input channels, G groups, B bytes of a group's code
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +17,89 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from export.onnx_files import check_files, load_graph
+from export import onnx_ort
+from export.onnx_files import ORT_MODEL, check_files, load_graph, model_path
+from nano.families import EMBEDDING, HEAD
 from quantize.grid import QuantizedTensor
 
 QUANTIZED = ("MatMulNBits", "GatherBlockQuantized")
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A quantized node's weight.
+
+    Attributes:
+        name: of the node, which is the module's.
+        bits, block: of the grid.
+        place: where the codes lie; equal for nodes that share them.
+        parts: codes, scales and, where there are some, zero points; each read when it is called.
+    """
+
+    name: str
+    bits: int
+    block: int
+    place: Any
+    parts: list[Callable[[], npt.NDArray[Any]]]
 
 
 def read_codes(folder: Path) -> Iterator[tuple[str, QuantizedTensor]]:
     """Every quantized module of a bundle, once: (name, codes and scales).
 
+    A tied head is not given apart: in model.onnx its codes are the embedding's very bytes, in model.ort equal ones.
+
     Raises:
         BadFileError: the bundle is missing, truncated or not ONNX.
     """
     check_files(folder)
-    seen: set[tuple[str, int]] = set()
-    for node in load_graph(folder):
-        if node.op_type not in QUANTIZED or node.domain != "com.microsoft":
+    in_ort_format = model_path(folder).name == ORT_MODEL
+    seen: dict[Any, str] = {}
+    embedding = None
+    for weight in _ort_weights(folder) if in_ort_format else _onnx_weights(folder):
+        if weight.place in seen:
             continue
-        codes, scales = node.inputs[1 if node.op_type == "MatMulNBits" else 0], node.inputs[2]
-        place = (codes.const_value.location, codes.const_value.offset)
-        if place in seen:
-            continue  # a tied head: the embedding's very bytes
-        seen.add(place)
-        zeros = node.inputs[3].const_value.numpy() if len(node.inputs) > 3 else None
-        yield node.name, _tensor(node, codes.const_value.numpy(), scales.const_value.numpy(), zeros)
+        seen[weight.place] = weight.name
+        tensor = _tensor(weight)
+        if in_ort_format and weight.name == EMBEDDING:
+            embedding = tensor
+        if weight.name == HEAD and embedding is not None and _equal(tensor, embedding):
+            continue
+        yield weight.name, tensor
 
 
-def _tensor(
-    node: Any, packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], zeros: npt.NDArray[np.uint8] | None
-) -> QuantizedTensor:
-    bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
+def _onnx_weights(folder: Path) -> Iterator[Weight]:
+    for node in load_graph(folder):
+        if node.op_type in QUANTIZED and node.domain == MICROSOFT:
+            inputs = [node.inputs[i].const_value for i in _places(node.op_type, len(node.inputs))]
+            bits, block = (node.attributes[name].as_int() for name in ("bits", "block_size"))
+            place = (inputs[0].location, inputs[0].offset)
+            yield Weight(node.name, bits, block, place, [tensor.numpy for tensor in inputs])
+
+
+def _ort_weights(folder: Path) -> Iterator[Weight]:
+    with onnx_ort.open_graph(folder) as graph:
+        tensors = onnx_ort.initializers(graph)
+        for node in onnx_ort.nodes(graph):
+            op_type = node.OpType().decode()
+            if op_type in QUANTIZED and node.Domain() == MICROSOFT.encode():
+                names = [node.Inputs(i).decode() for i in _places(op_type, node.InputsLength())]
+                found = onnx_ort.attributes(node)
+                parts = [lambda name=name: onnx_ort.array(tensors[name]) for name in names if name]
+                yield Weight(node.Name().decode(), found["bits"], found["block_size"], names[0], parts)  # type: ignore[arg-type]
+
+
+def _places(op_type: str, inputs: int) -> list[int]:
+    """Which inputs of a quantized node are its codes, scales and zero points."""
+    return [1 if op_type == "MatMulNBits" else 0, *range(2, min(inputs, 4))]
+
+
+def _tensor(weight: Weight) -> QuantizedTensor:
+    packed, scales, *zeros = (part() for part in weight.parts)
     rows, groups = scales.shape
-    codes_NK = _unpack(packed.reshape(rows, -1), bits)
-    zero_NG = None if zeros is None else _unpack(zeros.reshape(rows, -1), bits)[:, :groups]
-    return QuantizedTensor(codes_NK, torch.from_numpy(scales.copy()), block, bits, zero_NG)
+    codes_NK = _unpack(packed.reshape(rows, -1), weight.bits)
+    zero_NG = _unpack(zeros[0].reshape(rows, -1), weight.bits)[:, :groups] if zeros else None
+    return QuantizedTensor(codes_NK, torch.from_numpy(scales.copy()), weight.block, weight.bits, zero_NG)
 
 
 def _unpack(packed_NB: npt.NDArray[np.uint8], bits: int) -> torch.Tensor:
@@ -60,3 +110,7 @@ def _unpack(packed_NB: npt.NDArray[np.uint8], bits: int) -> torch.Tensor:
         unsigned_NK[:, field::fields] = (packed_NB >> (field * bits)) & ((1 << bits) - 1)
     unsigned_NK -= np.uint8(1 << (bits - 1))  # wraps below zero, as int8 reads it
     return torch.from_numpy(unsigned_NK.view(np.int8))
+
+
+def _equal(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    return a.bits == b.bits and torch.equal(a.codes_NK, b.codes_NK) and torch.equal(a.scale_NG, b.scale_NG)

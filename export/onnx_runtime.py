@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.onnx_files import CONFIG, MODEL, SESSION_OPTIONS, check_files
+from export.onnx_files import CONFIG, SESSION_OPTIONS, check_files, model_path
 from nano.errors import BadFileError, RequestError, require_module
 from nano.lm import Activations, Logits
 from nano.tokens import TextTokenizer, load_tokenizer
@@ -113,7 +113,7 @@ def open_onnx(folder: Path, tokenizer: TextTokenizer | None = None) -> OnnxModel
     check_files(folder)
     session = open_session(folder)
     if "nanokit.context" not in session.get_modelmeta().custom_metadata_map:
-        raise BadFileError("This ONNX model was not made by nanokit.", found=str(folder / MODEL))
+        raise BadFileError("This ONNX model was not made by nanokit.", found=str(model_path(folder)))
     return OnnxModel(session, tokenizer or load_tokenizer(folder, int(session.get_outputs()[0].shape[-1])))
 
 
@@ -124,7 +124,7 @@ def open_session(folder: Path) -> Any:
         BadFileError: the runtime cannot read the model.
         MissingExtraError: onnxruntime is not installed.
     """
-    ort = require_module("onnxruntime", "onnx")
+    ort, path = require_module("onnxruntime", "onnx"), model_path(folder)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     for key, value in SESSION_OPTIONS.items():
@@ -132,9 +132,9 @@ def open_session(folder: Path) -> Any:
     if os.environ.get(THREADS, "").isdigit():
         options.intra_op_num_threads = int(os.environ[THREADS])
     try:
-        return ort.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises bare pybind exceptions of many kinds
-        raise BadFileError("ONNX Runtime cannot read this bundle.", found=f"{folder / MODEL}: {error}") from None
+        raise BadFileError("ONNX Runtime cannot read this bundle.", found=f"{path}: {error}") from None
 
 
 def run_genai(folder: Path, prompt: str, max_new_tokens: int) -> str:
