@@ -26,13 +26,14 @@ LONGEST_WAIT = 120.0
 _BUSY = (408, 429, 500, 502, 503, 504)
 
 
-def connect(host: str, name: str, *, plain_http: bool) -> Any:
+def connect(host: str, name: str, *, plain_http: bool, tls: bool = False) -> Any:
     """A client of oras-py that is logged in as far as docker's config allows.
 
     Args:
         host: the registry, as in a reference.
         name: the repository, for its credentials.
-        plain_http: whether the registry may be spoken to without encryption.
+        plain_http: whether anyone but this machine itself may be spoken to without encryption.
+        tls: speak TLS in any case.
 
     Raises:
         MissingExtraError: oras is not installed.
@@ -42,20 +43,16 @@ def connect(host: str, name: str, *, plain_http: bool) -> Any:
     provider = require_module("oras.provider", "oci")
     require_module("oras.logger", "oci").setup_logger(quiet=True)
     host = api_host(host)
-    client = _client_class(provider)(hostname=host, insecure=plain_http)
+    client = _client_class(provider)(hostname=host, insecure=(plain_http or is_loopback(host)) and not tls)
     _mount(client.session, plain_http)
     with send(client, "GET", f"{client.prefix}://{host}/v2/", ok=(200, 400, 401), authenticate=False) as response:
         challenge = response.headers.get("Www-Authenticate", "") if response.status_code == 401 else ""
         if response.status_code == 400:  # what Go's servers say to plain HTTP where they speak TLS
             if client.prefix == "https":
                 raise RequestError("This is not a registry.", found=f"status 400 from https://{host}/v2/")
-            return _secured(host, name)
+            return connect(host, name, plain_http=plain_http, tls=True)
     _log_in(client, provider, host, name, challenge)
     return client
-
-
-def _secured(host: str, name: str) -> Any:
-    return connect(host, name, plain_http=False)
 
 
 def _client_class(provider: Any) -> Any:
@@ -80,6 +77,51 @@ def _mount(session: Any, plain_http: bool) -> None:
 
     class Adapter(HTTPAdapter):  # type: ignore[misc]
         def send(self, request: Any, **rest: Any) -> Any:
+            parts = urlsplit(request.url)
+            if parts.scheme == "http" and not plain_http and not is_loopback(parts.netloc.rpartition("@")[2]):
+                raise RequestError(
+                    "Plain HTTP is used with this machine alone.",
+                    found=f"an address http://{parts.netloc}",
+                    expected="https",
+                    todo="give --plain-http if the network in between is yours",
+                )
+            rest["timeout"] = rest.get("timeout") or (CONNECT_SECONDS, READ_SECONDS)
+            return super().send(request, **rest)
+
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, Adapter(pool_connections=8, pool_maxsize=8))
+    session.headers["Accept-Encoding"] = "identity"
+    session.headers["User-Agent"] = "nanokit"
+    session.auth = _as_it_is
+
+
+def _as_it_is(request: Any) -> Any:
+    """Authorization stays what oras-py made it; without this `requests` would put ~/.netrc's in its place."""
+    return request
+
+
+def _log_in(client: Any, provider: Any, host: str, name: str, challenge: str) -> None:
+    """Credentials from docker's config, for the scheme that the registry asks for."""
+    if not challenge:
+        return
+    if challenge.partition(" ")[0].lower() == "basic":  # which oras-py's token scheme would take to another host
+        client.auth = provider.oras.auth.get_auth_backend("basic", client.session, client.prefix == "http")
+    client.auth._auth_config = read_credentials()
+    client.auth.load_configs(client.get_container(f"{host}/{name}"))
+    if isinstance(client.auth, provider.oras.auth.BasicAuth):
+        if not getattr(client.auth, "_basic_auth", None):
+            raise _login_wanted(host, "no login for it")
+        header = client.auth.get_auth_header()
+
+        def authorise(request: Any) -> Any:
+            if urlsplit(request.url).netloc == host:
+                request.headers.update(header)
+            return request
+
+        client.session.auth = authorise
+
+
+def send(self, request: Any, **rest: Any) -> Any:
             parts = urlsplit(request.url)
             if parts.scheme == "http" and not plain_http and not is_loopback(parts.netloc.rpartition("@")[2]):
                 raise RequestError(

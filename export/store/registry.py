@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 from export.store.artifact import INDEX, MANIFEST, MAX_MANIFEST, Descriptor, digest_of
 from export.store.backend import CHUNK, Advance, BrokenTransferError, NotFoundError
 from export.store.connection import connect, send
-from export.store.reference import is_digest, is_loopback
+from export.store.reference import is_digest
 from nano.errors import BadFileError, RequestError, WorkError
 from nano.progress import say
 
@@ -35,7 +35,7 @@ class Registry:
 
     def __init__(self, host: str, name: str, *, plain_http: bool = False) -> None:
         self.where = host
-        self._client = persist(lambda: connect(host, name, plain_http=plain_http or is_loopback(host)), attempts=3)
+        self._client = persist(lambda: connect(host, name, plain_http=plain_http), attempts=3)
 
     def session(self) -> contextlib.AbstractContextManager[None]:
         """See `Store`: a registry looks after itself."""
