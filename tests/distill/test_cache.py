@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import some_stories
 
 from distill.cache import Cache
 from distill.caching import CachedTeacher, run_cache_teacher
@@ -28,7 +29,6 @@ from distill.run import run_distill
 from distill.sampling import SparseAnswers, make_records
 from nano.checkpoint import Checkpoint
 from nano.cli import run as cli
-from nano.corpus import read_documents
 from nano.errors import BadFileError, NoSpaceError, OutputExistsError, RequestError
 from nano.manifest import read_manifest
 
@@ -38,10 +38,7 @@ KEEP = CacheOptions(length=64, batch=8)
 
 @pytest.fixture(scope="module")
 def text(tinystories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 60 real stories."""
-    path = tmp_path_factory.mktemp("text") / "some.jsonl"
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in read_documents([tinystories])[:60]))
-    return path
+    return some_stories(tmp_path_factory.mktemp("text"), tinystories, 60)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checks import metrics
 
 from distill import cross_losses
 from distill.cross_losses import CrossAnswers, Shared, earlier_positions
@@ -292,7 +293,7 @@ def test_a_student_of_another_tokenizer_is_trained(
     assert held["trained"][cross] < held["start"][cross]
     assert held["trained"]["cross_entropy"] < held["start"]["cross_entropy"] - 0.3
     assert "kl" not in held["trained"]
-    lines = [json.loads(line) for line in (tmp_path / "s" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path / "s")
     assert lines[-1][cross] < lines[0][cross]
     assert cross in lines[11]["held_out"]
     assert {"uld": "ULD distance", "gold": "GOLD loss"}[cross] in (tmp_path / "s" / "report.html").read_text()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checks import same_bits, some_stories
 
 from distill.data import make_batch, pack
 from distill.models import hidden_states
@@ -23,8 +24,7 @@ from distill.optimizer import check_means, learning_rate, make_optimizer, prepar
 from distill.options import DistillOptions
 from distill.run import run_distill
 from distill.speed import training_flops
-from nano.checkpoint import Checkpoint
-from nano.corpus import Windows, read_documents
+from nano.corpus import Windows
 from nano.errors import RequestError, UnsupportedError
 from nano.manifest import read_manifest
 from nano.shapes import ModelShape, read_config
@@ -35,19 +35,7 @@ QUICK = DistillOptions(steps=6, batch=4, length=64, eval_tokens=512, calibration
 
 @pytest.fixture(scope="module")
 def text(tinystories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "some.jsonl"
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in read_documents([tinystories])[:100]))
-    return path
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    with Checkpoint(folder) as checkpoint:
-        return {name: checkpoint.tensor(name) for name in checkpoint.names()}
-
-
-def same_bits(a: Path, b: Path) -> bool:
-    left, right = weights(a), weights(b)
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+    return some_stories(tmp_path_factory.mktemp("text"), tinystories, 100)
 
 
 def test_schedules() -> None:

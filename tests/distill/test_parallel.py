@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from checks import metrics, some_stories, weights
 
 from distill.options import DistillOptions
 from distill.parallel import ALONE, check_together
 from distill.state import StateFolder, checkpoint_folder
-from nano.checkpoint import Checkpoint
 from nano.cli import run as cli
-from nano.corpus import read_documents
 from nano.errors import UnsupportedError
 from nano.manifest import read_manifest
 
@@ -76,8 +75,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 @pytest.fixture(scope="module")
 def request_of(stories: Path, tinystories: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Arguments]:
     """`request_of(out, *more)`: arguments of a run; 7 rows a step, so that two processes have 4 and 3."""
-    text = tmp_path_factory.mktemp("text") / "some.jsonl"
-    text.write_text("".join(json.dumps({"text": t}) + "\n" for t in read_documents([tinystories])[:60]))
+    text = some_stories(tmp_path_factory.mktemp("text"), tinystories, 60)
 
     def arguments(
         out: Path,
@@ -111,15 +109,6 @@ def two(ranks: Ranks, request_of: Callable[..., Arguments], tmp_path_factory: py
     assert told["steps"] == STEPS
     assert printed[1] == ""
     return out
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    with Checkpoint(folder) as checkpoint:
-        return {name: checkpoint.tensor(name) for name in checkpoint.names()}
 
 
 def same_training(a: Path, b: Path, within: float = 1e-4) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checks import metrics, same_bits, some_stories, weights
 
 from distill.data import NO_TARGET, Rows, make_batch
 from distill.match import Matcher, spread, states_and_layers
@@ -17,7 +17,6 @@ from distill.onpolicy import continued, prompt_length, sample, split_step
 from distill.options import DistillOptions
 from distill.run import run_distill, run_distill_many
 from distill.teacher import LiveTeacher
-from nano.checkpoint import Checkpoint
 from nano.cli import run as cli
 from nano.corpus import cut_windows, read_documents
 from nano.errors import RequestError
@@ -30,24 +29,7 @@ QUICK = DistillOptions(steps=6, batch=4, length=64, eval_tokens=512, calibration
 
 @pytest.fixture(scope="module")
 def text(tinystories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 120 real stories."""
-    path = tmp_path_factory.mktemp("text") / "some.jsonl"
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in read_documents([tinystories])[:120]))
-    return path
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    with Checkpoint(folder) as checkpoint:
-        return {name: checkpoint.tensor(name) for name in checkpoint.names()}
-
-
-def same_bits(a: Path, b: Path) -> bool:
-    left, right = weights(a), weights(b)
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return some_stories(tmp_path_factory.mktemp("text"), tinystories, 120)
 
 
 def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch, go: Any) -> None:

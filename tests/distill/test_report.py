@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import struct
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checks import Balanced
 
 from distill.picture import write_picture
 from distill.report import POINTS, facts_of, page, thinned
@@ -43,26 +43,6 @@ def made_up(rounds: int, start: str = "pruned", steps: int = 40) -> tuple[Manife
     return manifest, [{"step": i + 1, "ce": 3.0 - i / steps} for i in range(steps)]
 
 
-class Balanced(HTMLParser):
-    """Checks that tags close in order, and that nothing would be loaded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("script", "link", "img", "iframe")
-        assert not {"src", "href"} & {name for name, _ in attrs}
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        return
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
 @pytest.mark.parametrize(("rounds", "start"), [(1, "pruned"), (3, "pruned"), (0, "random"), (0, "given")])
 def test_the_page_is_whole_and_says_every_figure(rounds: int, start: str) -> None:
     manifest, records = made_up(rounds, start)
@@ -70,6 +50,7 @@ def test_the_page_is_whole_and_says_every_figure(rounds: int, start: str) -> Non
     parser = Balanced()
     parser.feed(html)
     assert parser.open == []
+    assert parser.loads == []
     for fact in (
         "65,008",
         "25% of the teacher",

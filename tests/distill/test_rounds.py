@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks import same_bits, some_stories
 
 from distill.cutting import Source, cut_model
 from distill.data import batches, pack
@@ -19,7 +20,7 @@ from distill.request import check_request
 from distill.rounds import plan_rounds
 from distill.run import run_distill, run_distill_many
 from nano.checkpoint import Checkpoint
-from nano.corpus import cut_windows, read_documents
+from nano.corpus import cut_windows
 from nano.errors import RequestError
 from nano.manifest import read_manifest
 from nano.shapes import FULL, SLIDING, ModelShape, read_config
@@ -34,9 +35,7 @@ DIMENSIONS = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "nu
 
 @pytest.fixture(scope="module")
 def text(tinystories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "some.jsonl"
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in read_documents([tinystories])[:100]))
-    return path
+    return some_stories(tmp_path_factory.mktemp("text"), tinystories, 100)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +44,6 @@ def whole(stories: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("rounds") / "whole"
     run_distill(stories, "65k", [text], out, QUICK)
     return out
-
-
-def same_bits(a: Path, b: Path) -> bool:
-    with Checkpoint(a) as left, Checkpoint(b) as right:
-        return left.names() == right.names() and all(torch.equal(left.tensor(n), right.tensor(n)) for n in left.names())
 
 
 def gemma(layers: int) -> ModelShape:

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checks import same_bits, some_stories, weights
 
 from distill.options import DistillOptions
 from distill.run import run_distill
 from distill.train import learning_rate
-from nano.checkpoint import Checkpoint
 from nano.cli import run as cli
 from nano.corpus import read_documents
 from nano.errors import BadFileError, NoSpaceError, OutputExistsError, RequestError, UnsupportedError, WorkError
@@ -35,10 +35,7 @@ QUICK = DistillOptions(steps=8, batch=4, length=64, eval_tokens=1024, calibratio
 
 @pytest.fixture(scope="module")
 def text(tinystories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 150 real stories."""
-    path = tmp_path_factory.mktemp("text") / "some.jsonl"
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in read_documents([tinystories])[:150]))
-    return path
+    return some_stories(tmp_path_factory.mktemp("text"), tinystories, 150)
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +43,6 @@ def made(stories: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
     out = tmp_path_factory.mktemp("made") / "student"
     run_distill(stories, "150k", [text], out, QUICK)
     return out
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    with Checkpoint(folder) as checkpoint:
-        return {name: checkpoint.tensor(name) for name in checkpoint.names()}
-
-
-def same_bits(a: Path, b: Path) -> bool:
-    left, right = weights(a), weights(b)
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
 
 
 def test_the_student_is_an_ordinary_model_folder(made: Path, stories: Path) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from checks import some_stories
 
 from distill.options import DistillOptions
 from distill.run import run_distill
 from nano.checkpoint import Checkpoint
-from nano.corpus import read_documents
 from nano.errors import BadFileError, RequestError, UnsupportedError
 from nano.manifest import read_manifest
 from nano.shapes import ModelShape, read_config
@@ -25,9 +25,7 @@ OPTIONS = DistillOptions(steps=30, batch=4, length=64, eval_tokens=512, learning
 
 @pytest.fixture(scope="module")
 def text(tinystories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "some.jsonl"
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in read_documents([tinystories])[:60]))
-    return path
+    return some_stories(tmp_path_factory.mktemp("text"), tinystories, 60)
 
 
 def architecture(folder: Path, model: Path, **changes: Any) -> Path:

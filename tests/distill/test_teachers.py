@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import some_stories, weights
 
 from distill.caching import run_cache_teacher
 from distill.options import CacheOptions, DistillOptions
 from distill.run import run_distill
 from distill.teacher import open_teacher
-from nano.checkpoint import Checkpoint
-from nano.corpus import read_documents
 from nano.errors import UnsupportedError
 from nano.manifest import read_manifest
 from nano.shapes import ModelShape, read_config
@@ -25,15 +24,7 @@ QUICK = DistillOptions(steps=4, batch=4, length=64, eval_tokens=512, calibration
 
 @pytest.fixture(scope="module")
 def text(tinystories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 60 real stories."""
-    path = tmp_path_factory.mktemp("text") / "some.jsonl"
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in read_documents([tinystories])[:60]))
-    return path
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    with Checkpoint(folder) as checkpoint:
-        return {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    return some_stories(tmp_path_factory.mktemp("text"), tinystories, 60)
 
 
 def padded(folder: Path, model: Path, rows: int) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checks import relative
 
 from device_profiles.footprint import RUNTIMES, EmbeddingBits, PlannedRecipe, manifest_facts, planned_facts
 from export.options import ExportOptions
@@ -46,10 +47,6 @@ def make(name: str, runtime: Any, tiny_model: Callable[..., Path], out: Path) ->
     options = QuantizeOptions(**{"method": "rtn", "runtime": runtime, **wishes})
     run_quantize(tiny_model(family, tie_word_embeddings=tied, **changes), [], out, options)
     return out
-
-
-def relative(found: Any, expected: Any) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 @pytest.fixture(scope="module")

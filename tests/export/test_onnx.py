@@ -15,6 +15,8 @@ import torch
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 
+from checks import relative  # noqa: E402
+
 from export.onnx import write_onnx  # noqa: E402
 from export.onnx_data import PAGE  # noqa: E402
 from export.onnx_files import CONFIG, DATA, MODEL, check_files  # noqa: E402
@@ -52,10 +54,6 @@ def export(int4: Path, out: Path, **options: Any) -> dict[str, Any]:
         facts = write_onnx(checkpoint, out, ExportOptions(**options), load_tokenizer(int4))
     copy_tokenizer(int4, out)
     return facts
-
-
-def relative(found: Any, expected: Any) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checks import relative
+from checks import student_logits as logits
 from safetensors.torch import load_file, save_file
 
 from nano.corpus import Windows
@@ -17,19 +19,8 @@ from quantize.awq import POWERS, Scales, awq, scale_of, scaled, search, share_he
 from quantize.calibrate import Calibration
 from quantize.recipe import Grid
 from quantize.student import Student
-from quantize.whole import whole_model
 
 GRID = Grid(4, 32)
-
-
-def logits(student: Student, ids_BT: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = whole_model(student)(ids_BT).logits
-    return found
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def windows(count: int = 4, length: int = 32) -> Calibration:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks import load_by_transformers, some_sentences
 from safetensors.torch import load_file, save_file
 
 from nano.errors import BadFileError, RequestError
@@ -29,19 +30,7 @@ from quantize.tables import codes_of, dense_of, half_exact
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    sentence = "The quick brown fox number {} jumps over {} lazy dogs, and then it sleeps for {} hours. "
-    path.write_text("\n".join(json.dumps({"text": sentence.format(i, i * 7, i % 9) * 3}) for i in range(40)))
-    return path
-
-
-def load_by_transformers(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+    return some_sentences(tmp_path_factory.mktemp("text"))
 
 
 def options(**wishes: Any) -> QuantizeOptions:

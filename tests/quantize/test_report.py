@@ -6,11 +6,11 @@ import math
 import random
 import re
 import struct
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checks import Balanced
 
 from nano.families import LAYER_LINEARS
 from nano.manifest import Manifest
@@ -50,28 +50,6 @@ def made_up(layers: int, *, budget: bool = True, trained: bool = True, method: s
         results=results,
         shape={"num_layers": layers},
     )  # fmt: skip
-
-
-class Balanced(HTMLParser):
-    """Checks that tags close in order, and gathers what the page would load."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.loads: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in ("script", "link", "img", "iframe"):
-            self.loads.append(tag)
-        self.loads += [value for name, value in attrs if name in ("src", "href") and value]
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        return
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 @pytest.mark.parametrize("layers", [1, 5, 32])

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import relative
+from checks import student_logits as logits
 from safetensors.torch import load_file, save_file
 
 from nano.families import weight_shapes
@@ -14,17 +16,6 @@ from nano.torch_lm import load_float
 from quantize.hadamard import hadamard, random_orthogonal, randomised_hadamard
 from quantize.rotate import fold_norms, hadamard_rotation, rotated, say_cost
 from quantize.student import Student
-from quantize.whole import whole_model
-
-
-def logits(student: Student, ids_BT: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = whole_model(student)(ids_BT).logits
-    return found
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 20, 28, 36, 44, 60, 64, 96, 576, 640, 896, 960, 1152, 1536, 3072])
