@@ -121,51 +121,6 @@ def _log_in(client: Any, provider: Any, host: str, name: str, challenge: str) ->
         client.session.auth = authorise
 
 
-def send(self, request: Any, **rest: Any) -> Any:
-            parts = urlsplit(request.url)
-            if parts.scheme == "http" and not plain_http and not is_loopback(parts.netloc.rpartition("@")[2]):
-                raise RequestError(
-                    "Plain HTTP is used with this machine alone.",
-                    found=f"an address http://{parts.netloc}",
-                    expected="https",
-                    todo="give --plain-http if the network in between is yours",
-                )
-            rest["timeout"] = rest.get("timeout") or (CONNECT_SECONDS, READ_SECONDS)
-            return super().send(request, **rest)
-
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, Adapter(pool_connections=8, pool_maxsize=8))
-    session.headers["Accept-Encoding"] = "identity"
-    session.headers["User-Agent"] = "nanokit"
-    session.auth = _as_it_is
-
-
-def _as_it_is(request: Any) -> Any:
-    """Authorization stays what oras-py made it; without this `requests` would put ~/.netrc's in its place."""
-    return request
-
-
-def _log_in(client: Any, provider: Any, host: str, name: str, challenge: str) -> None:
-    """Credentials from docker's config, for the scheme that the registry asks for."""
-    if not challenge:
-        return
-    scheme = challenge.partition(" ")[0].lower()
-    client.auth._auth_config = read_credentials()
-    client.auth.load_configs(client.get_container(f"{host}/{name}"))
-    basic = getattr(client.auth, "_basic_auth", None)
-    if scheme == "basic":
-        if not basic:
-            raise _login_wanted(host, "no login for it")
-        header = f"Basic {basic}"
-
-        def authorise(request: Any) -> Any:
-            if urlsplit(request.url).netloc == host:
-                request.headers["Authorization"] = header
-            return request
-
-        client.session.auth = authorise
-
-
 def send(
     client: Any,
     method: str,
