@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.executorch_backends import backend_of
 from export.executorch_file import MODEL
 from export.grids import check_grid
 from export.options import ExportOptions
@@ -27,6 +28,8 @@ from quantize.packed import Int4Checkpoint, Layout
 from quantize.runtimes import role_of
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from export.executorch_model import CachePlan
 
 
@@ -55,15 +58,17 @@ def write_pte(
     from export.executorch_facts import describe
     from export.executorch_lower import load_toolchain
     from export.executorch_model import CachePlan
+    from export.executorch_tie import share_table
 
     context = resolve_context(checkpoint.shape, options.context)
-    plan = CachePlan.of(checkpoint.shape, context, min(options.chunk, context))
+    plan = CachePlan.of(checkpoint.shape, context, min(options.chunk, context), int8=options.kv_cache == "int8")
     last_only = options.logits == "last"
     methods = metadata_methods(checkpoint.shape, plan, tokenizer)
     with silenced(our_words=True):
         load_toolchain()
         with track("export", checkpoint.shape.num_layers + 6, "steps") as progress:
-            _write(checkpoint, folder / MODEL, plan, methods, last_only, progress)
+            _write(checkpoint, folder / MODEL, plan, methods, options, progress)
+            share_table(folder)
             facts = describe(folder, checkpoint.shape, plan, last_only)
             progress.advance(note="read back")
     return facts
@@ -74,17 +79,19 @@ def _write(
     path: Path,
     plan: CachePlan,
     methods: dict[str, Any],
-    last_only: bool,
+    options: ExportOptions,
     progress: Track,
 ) -> None:
     """Lower every part, trace the decoder around them, write the file."""
     from export.arithmetic import read_arithmetic
-    from export.executorch_lower import PartLowerer, build_program
-    from export.executorch_model import AfterAttention, BeforeAttention, Decoder, Head, Source, layer_source
+    from export.executorch_lower import build_program
+    from export.executorch_model import Decoder
+    from export.executorch_parts import AfterAttention, BeforeAttention, Head, Source, layer_source
 
     arithmetic = read_arithmetic(checkpoint, plan.context)
-    lowerer = PartLowerer(checkpoint.shape, plan.chunk)
-    layers = []
+    lowerer = backend_of(options.backend).load()(checkpoint.shape, plan.chunk)
+    last_only = options.logits == "last"
+    layers: list[tuple[nn.Module, nn.Module]] = []
     for layer in range(checkpoint.shape.num_layers):
         source = layer_source(checkpoint, layer, arithmetic.eps)
         layers.append((lowerer.lower(BeforeAttention(source)), lowerer.lower(AfterAttention(source))))
@@ -110,6 +117,11 @@ def check_executorch(checkpoint: Int4Checkpoint, options: ExportOptions) -> None
             found="--activations float",
             todo="leave it out, or export with --format onnx",
         )
+    if options.ort:
+        raise UnsupportedError(
+            "The ORT format is ONNX Runtime's.", found="--ort", todo="leave it out, or export with --format onnx"
+        )
+    backend_of(options.backend)
     if options.chunk < 1:
         raise UnsupportedError("The chunk is too small.", found=f"--chunk {options.chunk}", expected="at least 1")
     shape = checkpoint.shape

@@ -16,6 +16,8 @@ from nano.errors import BadFileError
 MODEL = "model.pte"
 _HEADER = struct.Struct("<4x4s4sIQQQ")
 _MAGIC = {b"ET12"}
+SEGMENT_BYTES_AT = 32
+"""Where the header holds the size of all segments."""
 
 
 @dataclass(frozen=True)

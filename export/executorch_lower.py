@@ -1,6 +1,6 @@
 """From torch modules to an ExecuTorch program, with each kind of part traced once.
 
-All layers of a decoder are the same graph over other tensors. So each part (see `export.executorch_model`) is
+All layers of a decoder are the same graph over other tensors. So each part (see `export.executorch_parts`) is
 traced and brought to ExecuTorch's edge dialect once; for every layer, XNNPACK's own serialiser then runs over that
 graph with the layer's tensors. The decoder around the parts is traced last, with the finished delegates in it, and
 takes no real weights but the embedding. Against lowering the whole model at once this gives the same delegates in a
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from export.executorch_parts import Part, WithOperands
 from export.silence import silenced
 from nano.errors import WorkError, require_module
 from nano.shapes import ModelShape
@@ -35,6 +36,7 @@ def load_toolchain() -> None:
     """
     with silenced():
         require_module("executorch.exir", "executorch")
+        require_module("executorch.kernels.quantized", "executorch")
         require_module("executorch.extension.llm.custom_ops.custom_ops", "executorch")
         require_module("torchao.quantization", "executorch")
 
@@ -57,8 +59,8 @@ class PartLowerer:
         """How many different graphs were traced."""
         return len(self._edges)
 
-    def lower(self, part: nn.Module, positions: int | None = None) -> nn.Module:
-        """One part as a delegate, to be called like the part itself.
+    def lower(self, part: Part, positions: int | None = None) -> WithOperands:
+        """One part as a delegate, to be called with the part's activations.
 
         Args:
             part: a `BeforeAttention`, `AfterAttention` or `Head`.
@@ -82,21 +84,22 @@ class PartLowerer:
         program = _with_tensors(self._edges[signature], buffers)
         made = XnnpackBackend.preprocess(program, [CompileSpec(LINEARS_ONLY, b"")])
         delegate: nn.Module = LoweredBackendModule(
-            edge_program=self._outline(kind),
+            edge_program=self._outline(kind, part.operands),
             backend_id=XnnpackBackend.__name__,
             processed_bytes=made.processed_bytes,
             compile_specs=[],
             named_data_store_output=made.data_store_output,
         )
-        return delegate
+        return WithOperands(delegate, part.operands)
 
-    def _edge(self, part: nn.Module, positions: int) -> Any:
+    def _edge(self, part: Part, positions: int) -> Any:
         """A part in the edge dialect, checked to be XNNPACK's as a whole, every linear with its own kernel."""
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge
 
         with torch.no_grad():
-            program = torch.export.export(part, self._example(type(part).__name__, positions), strict=False)
+            example = (*self._example(type(part).__name__, positions), *part.operands)
+            program = torch.export.export(part, example, strict=False)
             config = _edge_config(preserve_ops=[torch.ops.aten.linear.default])
             edge = to_edge(program, compile_config=config).exported_program()
         # marks the quantizers that belong to a linear's kernel, and every operator that XNNPACK takes
@@ -120,13 +123,14 @@ class PartLowerer:
             return torch.zeros(1, positions, shape.num_heads, shape.head_dim), x_1TD
         return (x_1TD,)
 
-    def _outline(self, kind: str) -> Any:
+    def _outline(self, kind: str, operands: list[torch.Tensor]) -> Any:
         """A program that only knows the sizes of a part's outputs: all that tracing the decoder asks of a delegate."""
         if kind not in self._outlines:
             example = self._example(kind, self.chunk)
             module = _Outline(self.shape, kind)
-            dynamic = (tuple(_dynamic(self.chunk) for _ in example),)
-            self._outlines[kind] = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
+            dynamic = ((*(_dynamic(self.chunk) for _ in example), *(None for _ in operands)),)
+            inputs = (*example, *operands)
+            self._outlines[kind] = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
         return self._outlines[kind]
 
 

@@ -5,7 +5,7 @@ fully connected nodes with quantized filters, their named data. So what is read 
 n-th such node is the n-th linear in the order in which data flows (`nano.families.LAYER_LINEARS`).
 
 Formats: schema/program.fbs, backends/xnnpack/serialization/schema.fbs (XNNPACK's nibbles are code + 8, the even
-column in the low one; bfloat16 scales), kernels/quantized/cpu/op_embedding4b.cpp (even column in the high nibble).
+column in the low one; bfloat16 scales). The embedding's table is in XNNPACK's order (`export.executorch_model`).
 
 Legend: N output channels, K input channels, G groups, B bytes of a row.
 """
@@ -70,6 +70,7 @@ class Table:
         bits: 4 or 8.
         codes, scales: indices into the program's constants.
         scale_size: (V, G).
+        half_scales: whether the scales are float16, else float32.
         width: D.
     """
 
@@ -77,6 +78,7 @@ class Table:
     codes: int
     scales: int
     scale_size: tuple[int, int]
+    half_scales: bool
     width: int
 
 
@@ -91,28 +93,43 @@ class PteFile:
     def __init__(self, folder: Path, mapped: mmap.mmap) -> None:
         layout = check_whole(folder)
         parser = require_module("executorch.exir._serialize._flatbuffer_program", "executorch")
-        self.path, self._mapped, self._base = folder / MODEL, mapped, layout.segments_at
+        self.path, self._mapped, self.segments_at = folder / MODEL, mapped, layout.segments_at
+        self.flatbuffer = mapped[: layout.program_bytes]
+        self._read: dict[int, dict[str, Any]] = {}
         try:
-            self.program: Any = parser._flatbuffer_to_program(mapped[: layout.program_bytes])
+            self.program: Any = parser._flatbuffer_to_program(self.flatbuffer)
             self.plan: Any = next(plan for plan in self.program.execution_plan if plan.name == "forward")
         except Exception as error:  # flatbuffers raise struct.error, IndexError, ...: all mean the same here
             raise self.broken(f"its program cannot be parsed: {error!r}") from None
-        self._named = {entry.key: entry.segment_index for entry in self.program.named_data}
+        self._named: dict[str, int] = {entry.key: entry.segment_index for entry in self.program.named_data}
 
     def broken(self, why: str) -> BadFileError:
         """The error for a file whose parts do not fit together."""
         found = f"{self.path}: {why}"
         return BadFileError("The bundle's model is damaged.", found=found, todo="copy it again, or export it again")
 
+    def view(self, start: int, size: int) -> bytes:
+        """Bytes of the file, `start` counted from the first segment's beginning."""
+        at = self.segments_at + start
+        return self._mapped[at : at + size]
+
     def segment(self, index: int) -> bytes:
         """Bytes of one segment."""
         segment = self.program.segments[index]
-        start = self._base + segment.offset
-        return self._mapped[start : start + segment.size]
+        return self.view(segment.offset, segment.size)
+
+    def named_segment(self, key: str) -> int:
+        """Index of the segment under a key."""
+        return self._named[key]
 
     def named_size(self, key: str) -> int:
         """Bytes of what lies under a key."""
         return int(self.program.segments[self._named[key]].size)
+
+    def shares_table(self, key: str, table: Table) -> bool:
+        """Whether what lies under a key is the embedding's table itself, not a copy."""
+        offset: int = self.program.segments[self._named[key]].offset
+        return offset == self.constant_start(table.codes)
 
     def named(self, key: str) -> bytes:
         """What lies under a key; XNNPACK's keys are the sha256 of the contents, which is checked.
@@ -132,6 +149,11 @@ class PteFile:
         start, stop = self._constant_range(index)
         return self.segment(self.program.constant_segment.segment_index)[start:stop]
 
+    def constant_start(self, index: int) -> int:
+        """Where a constant begins, from the first segment's beginning."""
+        segment = self.program.segments[self.program.constant_segment.segment_index]
+        return int(segment.offset) + self._constant_range(index)[0]
+
     def constant_size(self, index: int) -> int:
         """Bytes of one constant and its padding."""
         start, stop = self._constant_range(index)
@@ -144,17 +166,39 @@ class PteFile:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of everything that is data: constants, and the delegates' named data."""
-        indices = {*self._named.values(), self.program.constant_segment.segment_index}
-        return sum(int(self.program.segments[i].size) for i in indices)
+        """Bytes of everything that is data: constants, and the delegates' named data; each byte once."""
+        constants = self.program.segments[self.program.constant_segment.segment_index]
+        named = (self.program.segments[i] for i in {*self._named.values()})
+        end = constants.offset + constants.size
+        return int(constants.size + sum(one.size for one in named if not constants.offset <= one.offset < end))
 
-    def filters(self) -> Iterator[Filter]:
-        """Weights of all fully connected nodes, in the order in which they run."""
+    def _graphs(self) -> Iterator[dict[str, Any]]:
+        """The delegates' graphs, in the order in which they run; each is read once."""
         for instruction in self.plan.chains[0].instructions:
             arguments = instruction.instr_args
             if type(arguments).__name__ == "DelegateCall":
-                delegate = self.plan.delegates[arguments.delegate_index]
-                yield from self._filters(_graph(self.segment(delegate.processed.index)))
+                index = arguments.delegate_index
+                if index not in self._read:
+                    self._read[index] = _graph(self.segment(self.plan.delegates[index].processed.index))
+                yield self._read[index]
+
+    def filters(self) -> Iterator[Filter]:
+        """Weights of all fully connected nodes, in the order in which they run."""
+        try:
+            for graph in self._graphs():
+                yield from self._filters(graph)
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise self.broken(f"a delegate's graph cannot be read: {error!r}") from None
+
+    def unpacked(self) -> int:
+        """How many constants the delegates own that XNNPACK does not pack: neither filter nor bias of a linear."""
+        count = 0
+        for graph in self._graphs():
+            nodes = [one["xnode_union"] for one in graph["xnodes"] if one["xnode_union_type"] == "XNNFullyConnected"]
+            packed = {node.get(role, 0) for node in nodes for role in ("filter_id", "bias_id")}
+            tensors = [_tensor(value) for value in graph["xvalues"]]
+            count += sum(bool(one.get("constant_buffer_idx")) and one["id_out"] not in packed for one in tensors)
+        return count
 
     def _filters(self, graph: dict[str, Any]) -> Iterator[Filter]:
         values = {_tensor(value)["id_out"]: value["xvalue_union"] for value in graph["xvalues"]}
@@ -187,7 +231,8 @@ class PteFile:
                 bits = EMBEDDING_BITS[name]
                 width = codes.sizes[1] * 8 // bits
                 rows, groups = scales.sizes
-                return Table(bits, codes.data_buffer_idx, scales.data_buffer_idx, (rows, groups), width)
+                half = scales.scalar_type.name == "HALF"
+                return Table(bits, codes.data_buffer_idx, scales.data_buffer_idx, (rows, groups), half, width)
         return None
 
     @property
@@ -283,7 +328,7 @@ def _read_filter(pte: PteFile, one: Filter) -> QuantizedTensor:
     raw_NB = torch.frombuffer(bytearray(pte.named(one.codes)), dtype=torch.uint8).view(one.rows, -1)
     scale_dtype = torch.bfloat16 if one.kind == BLOCKWISE else torch.float32
     scales = torch.frombuffer(bytearray(pte.named(one.scales)), dtype=scale_dtype).view(one.rows, -1)
-    codes_NK = raw_NB.view(torch.int8) if bits == 8 else _unpack(raw_NB, even_low=True)
+    codes_NK = raw_NB.view(torch.int8) if bits == 8 else _unpack(raw_NB)
     return QuantizedTensor(codes_NK[:, : one.columns], scales.float(), one.group_size, bits)
 
 
@@ -291,16 +336,16 @@ def _read_table(pte: PteFile, table: Table) -> QuantizedTensor:
     rows, groups = table.scale_size
     raw = torch.frombuffer(bytearray(pte.constant(table.codes)), dtype=torch.uint8)
     raw_NB = raw[: rows * table.width * table.bits // 8].view(rows, -1)
-    scales = torch.frombuffer(bytearray(pte.constant(table.scales)), dtype=torch.float32)[: rows * groups]
-    codes_NK = raw_NB.view(torch.int8) if table.bits == 8 else _unpack(raw_NB, even_low=False)
+    dtype = torch.float16 if table.half_scales else torch.float32
+    scales = torch.frombuffer(bytearray(pte.constant(table.scales)), dtype=dtype)[: rows * groups].float()
+    codes_NK = raw_NB.view(torch.int8) if table.bits == 8 else _unpack(raw_NB)
     return QuantizedTensor(codes_NK, scales.view(rows, groups).clone(), table.width // groups, table.bits)
 
 
-def _unpack(packed_NB: torch.Tensor, *, even_low: bool) -> torch.Tensor:
-    """Two codes + 8 a byte to int8 (N, K)."""
+def _unpack(packed_NB: torch.Tensor) -> torch.Tensor:
+    """Two codes + 8 a byte, the even column low, to int8 (N, K)."""
     low, high = packed_NB & 15, packed_NB >> 4
-    pair = (low, high) if even_low else (high, low)
-    return (torch.stack(pair, -1).flatten(-2).to(torch.int8)) - 8
+    return (torch.stack((low, high), -1).flatten(-2).to(torch.int8)) - 8
 
 
 def _equal(a: QuantizedTensor, b: QuantizedTensor) -> bool:

@@ -1,5 +1,8 @@
 """Run a .pte bundle: in ExecuTorch's runtime behind `LanguageModel`, and in its C++ LLM runner.
 
+The runtime's extension module is imported by itself: `executorch.runtime` and the wheel's Python modules beside it pull
+in the compiler, 130 MB of it.
+
 Everything about the model is read from the file itself: context and chunk from its metadata methods, the rest from
 the sizes of its outputs. The cache lives in the program's memory; a call at position 0 begins a new text, because
 nothing beyond the current position is ever attended to.
@@ -17,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.executorch_file import MODEL, check_whole
+from export.executorch_memory import unlock
 from export.silence import silenced
 from nano.errors import BadFileError, RequestError, require_module
 from nano.lm import Activations, Logits
@@ -28,7 +32,7 @@ class ExecutorchModel:
     """A loaded program; see `LanguageModel`.
 
     Args:
-        program: an `executorch.runtime.Program`.
+        program: an `ExecuTorchProgram` of the runtime's extension module.
         tokenizer: of the bundle.
     """
 
@@ -40,7 +44,7 @@ class ExecutorchModel:
         self.chunk = int(_constant(program, "get_max_seq_len"))
         self._program: Any = program
         self._forward: Any = program.load_method("forward")
-        rows, self.vocab_size = self._forward.metadata.output_tensor_meta(0).sizes()[-2:]
+        rows, self.vocab_size = self._forward.method_meta().output_tensor_meta(0).sizes()[-2:]
         self._all = rows == self.chunk
         self._position = 0
 
@@ -78,7 +82,7 @@ class ExecutorchModel:
                 "The text does not fit the bundle.", found=f"{end} positions", expected=f"at most {self.context}"
             )
         inputs = (torch.from_numpy(ids_T)[None], torch.tensor([self._position]))
-        logits: Logits = self._forward.execute(inputs)[0][0].numpy()
+        logits: Logits = self._forward(inputs)[0][0].numpy()
         self._position = end
         return logits
 
@@ -89,19 +93,29 @@ class ExecutorchModel:
 
 def _constant(program: Any, method: str) -> int:
     """What a metadata method gives."""
-    if method not in program.method_names:
+    if method not in {program.get_method_name(i) for i in range(program.num_methods())}:
         raise BadFileError(
             "This .pte is not a language model of ours.",
             found=f"no method '{method}'",
             expected="a bundle that nanokit export wrote",
         )
-    return int(program.load_method(method).execute(())[0])
+    return int(program.load_method(method)(())[0])
 
 
-def load_kernels() -> None:
-    """Register the operators that a program of ours calls besides the portable ones; an import does it."""
-    require_module("executorch.kernels.quantized", "executorch")
-    require_module("executorch.extension.llm.custom_ops.custom_ops", "executorch")
+def load_kernels() -> Any:
+    """ExecuTorch's runtime, with the operators that a program of ours calls besides the portable ones registered.
+
+    Raises:
+        MissingExtraError: executorch is not installed.
+    """
+    import torch
+
+    runtime = require_module("executorch.extension.pybindings._portable_lib", "executorch")
+    root = Path(runtime.__file__ or "").parent.parent.parent
+    for pattern in ("kernels/quantized/*quantized_ops_aot_lib.*", "extension/llm/custom_ops/*custom_ops_aot_lib.*"):
+        for library in root.glob(pattern):
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    return runtime
 
 
 def set_threads(count: int) -> None:
@@ -110,7 +124,7 @@ def set_threads(count: int) -> None:
     Raises:
         MissingExtraError: executorch is not installed.
     """
-    library = require_module("executorch.extension.pybindings.portable_lib", "executorch")
+    library = load_kernels()
     if library._threadpool_get_thread_count() != count:
         library._unsafe_reset_threadpool(count)
 
@@ -128,10 +142,10 @@ def open_executorch(folder: Path, tokenizer: TextTokenizer | None = None) -> Exe
     """
     check_whole(folder)
     with silenced():
-        runtime = require_module("executorch.runtime", "executorch")
-        load_kernels()
+        runtime = load_kernels()
         try:
-            program = runtime.Runtime.get().load_program(folder / MODEL)
+            program = runtime._load_program(str(folder / MODEL))
+            unlock(folder / MODEL)
             model = ExecutorchModel(program, tokenizer or load_tokenizer(folder))
             model.prefill([0])  # the first call starts the thread pool, which talks; the next prefill forgets it
         except RuntimeError as error:
@@ -155,8 +169,8 @@ def run_llm_runner(folder: Path, prompt: str, max_new_tokens: int) -> str:
     tokenizer = load_tokenizer(folder)
     pieces: list[str] = []
     with silenced():
-        runner = require_module("executorch.extension.llm.runner", "executorch")
         load_kernels()
+        runner = require_module("executorch.extension.llm.runner", "executorch")
         try:
             loaded = runner.TextLLMRunner(str(folder / MODEL), str(folder / TOKENIZER))
             config = runner.GenerationConfig(

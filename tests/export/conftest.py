@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from nano.families import EMBEDDING, HEAD
-from nano.tokens import copy_tokenizer
+from nano.tokens import copy_tokenizer, load_tokenizer
 from nano.torch_lm import load_float
 from quantize.grid import QuantizedTensor, bf16_exact, round_to_codes
-from quantize.packed import quantization_config, write_int4
+from quantize.packed import Int4Checkpoint, quantization_config, write_int4
 
 
 def rounded(weight_NK: torch.Tensor, group: int, bits: int = 4) -> QuantizedTensor:
@@ -77,3 +77,24 @@ def int4_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, dict[str, Any]]]:
+    """`exported(int4, **options)`: a .pte bundle and the writer's facts, made once a session for each request."""
+    from export.executorch import write_pte
+    from export.options import ExportOptions
+
+    made: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def export(int4: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
+        key = f"{int4} {options}"
+        if key not in made:
+            out = tmp_path_factory.mktemp("pte")
+            with Int4Checkpoint(int4) as checkpoint:
+                facts = write_pte(checkpoint, out, ExportOptions(**options), load_tokenizer(int4))
+            copy_tokenizer(int4, out)
+            made[key] = (out, facts)
+        return made[key]
+
+    return export

@@ -41,24 +41,6 @@ IDS = [f"{family}-{i}" for i, (family, _, _) in enumerate(CASES)]
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, dict[str, Any]]]:
-    """`exported(int4, **options)`: a bundle and the writer's facts, made once for each request."""
-    made: dict[str, tuple[Path, dict[str, Any]]] = {}
-
-    def export(int4: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
-        key = f"{int4} {options}"
-        if key not in made:
-            out = tmp_path_factory.mktemp("pte")
-            with Int4Checkpoint(int4) as checkpoint:
-                facts = write_pte(checkpoint, out, ExportOptions(**options), load_tokenizer(int4))
-            copy_tokenizer(int4, out)
-            made[key] = (out, facts)
-        return made[key]
-
-    return export
-
-
-@pytest.fixture(scope="module")
 def texts() -> list[Ids]:
     """Well past the sliding window of 16, and over the border of several chunks."""
     return [np.random.default_rng(seed).integers(3, 320, 90) for seed in range(4)]
@@ -116,7 +98,9 @@ def test_codes_in_the_file_are_the_checkpoints(int4: Path, exported: Callable[..
     assert footprint["linear_bytes"] == shape.linear_parameters * (0.5 + 2 / q_proj.group_size)
     table = 320 * 64
     if "model.embed_tokens" in found:
-        assert footprint["head_bytes"] == footprint["packed_copy_bytes"] - footprint["linear_bytes"] == table * 0.5625
+        assert footprint["packed_copy_bytes"] - footprint["linear_bytes"] == table * 0.5625
+        assert footprint["embedding_bytes"] == table * 0.5625, "codes, and scales in float16 where that is exact"
+        assert footprint["head_bytes"] == table / 32 * 2, "bfloat16 scales: the codes are the embedding's"
         assert tied
     else:
         assert footprint["head_bytes"] == footprint["embedding_bytes"] == 4 * table

@@ -14,7 +14,7 @@ pytest.importorskip("executorch")
 
 from export.executorch import adapt_tokenizer, write_pte
 from export.executorch_lower import load_toolchain
-from export.executorch_model import GridLinear
+from export.executorch_parts import GridLinear
 from export.executorch_runtime import open_executorch, run_llm_runner
 from export.options import ExportOptions
 from export.silence import silenced
