@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from export.options import ExportOptions
+from nano.errors import RequestError
 from nano.hub import resolve_model
 
 Negative = Parameter(negative="")
@@ -54,25 +55,76 @@ def export(
 
 
 def verify(
-    folder: Path,
+    target: str,
     /,
     *,
     against: Path | None = None,
+    require_signature: Path | None = None,
+    store: Path | None = None,
+    plain_http: Annotated[bool, Negative] = False,
     json: Annotated[bool, Negative] = False,
 ) -> int:
     """Check every file of a folder against its manifest's hashes, and a bundle's weights against its int4 checkpoint.
 
-    Exit status 1 names the first file or tensor that differs.
+    An artifact in a store is checked where it lies: each blob hashed, the bundle's manifest compared with them, and a
+    signature. Exit status 1 names the first file or tensor that differs.
 
     Parameters
     ----------
-    folder
-        A bundle, or any other folder that nanokit made.
+    target
+        A bundle, or any other folder that nanokit made; or an artifact: NAME:TAG, oci:FOLDER:NAME:TAG, HOST/NAME:TAG.
     against
         The int4 folder that a bundle was made from: every code and scale is read back from the model file and compared.
+    require_signature
+        A public key (PEM, as cosign writes it) that must have signed the artifact.
+    store
+        The local store, an OCI layout folder; $NANOKIT_STORE or ~/.local/share/nanokit/store where it is not given.
+    plain_http
+        Talk to a registry without encryption; to this machine itself that needs no flag.
     json
         Print what was checked and found as one JSON object.
     """
+    folder = Path(target)
+    if not folder.exists() and (":" in target or "@" in target):
+        if against is not None:
+            raise RequestError("--against takes a folder.", found=target, todo=f"nanokit pull {target} first")
+        return _verify_stored(target, require_signature, store, plain_http, json)
+    if require_signature is not None:
+        raise RequestError(
+            "A signature belongs to an artifact in a store, not to a folder.",
+            found=target,
+            todo=f"nanokit verify REFERENCE --require-signature {require_signature}",
+        )
+    return _verify_folder(folder, against, json)
+
+
+def _verify_stored(target: str, key: Path | None, store: Path | None, plain_http: bool, json: bool) -> int:
+    """An artifact in a layout folder or a registry."""
+    from dataclasses import asdict
+
+    from export.store.check import verify_stored
+    from export.store.reference import parse_reference
+    from export.verify import history_rows
+    from nano.folder import human_bytes
+    from nano.progress import emit_json, show
+
+    found = verify_stored(parse_reference(target, store), key, plain_http=plain_http)
+    if json:
+        emit_json({**asdict(found), "ok": True, "reference": str(found.reference)})
+        return 0
+    signed = f"{found.signatures}, one of them by {key}" if found.signed else f"{found.signatures}, not asked for"
+    rows = [
+        ("artifact", str(found.reference.at(found.reference.tag))),
+        ("digest", found.reference.digest[:23]),
+        ("files as their digests say", f"{found.files}, {human_bytes(found.bytes)}"),
+        ("signatures", signed),
+    ]
+    show(_grid([*rows, *history_rows(found.history)]))
+    return 0
+
+
+def _verify_folder(folder: Path, against: Path | None, json: bool) -> int:
+    """A folder that nanokit made."""
     from dataclasses import asdict
 
     from export.verify import require_verified, summary, verify_bundle

@@ -265,7 +265,13 @@ def summary(verification: Verification) -> list[tuple[str, str]]:
     if verification.exact is not None:
         exact = verification.exact
         rows.append(("codes and scales as in the checkpoint", f"{exact.codes:,} codes in {exact.modules} tensors: all"))
-    for ancestor in verification.history:
+    return rows + history_rows(verification.history)
+
+
+def history_rows(history: tuple[Ancestor, ...]) -> list[tuple[str, str]]:
+    """What something was made of, as rows for people."""
+    rows = []
+    for ancestor in history:
         kind = f" ({ancestor.kind})" if ancestor.kind and ancestor.kind != ancestor.role else ""
         rows.append((f"{'  ' * (ancestor.depth - 1)}made from {ancestor.role}{kind}", f"{ancestor.fingerprint[:16]}, {ancestor.path}"))  # noqa: E501  # fmt: skip
     return rows
