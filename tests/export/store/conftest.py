@@ -20,7 +20,8 @@ from export.store.push import push_bundle
 from export.store.reference import Reference, parse_reference
 from nano.manifest import Manifest, write_manifest
 
-BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+REPO = Path(__file__).resolve().parents[3]
+BENCHMARKS = REPO / "benchmarks"
 SHAPE = {
     "family": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_layers": 2,
     "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "tied": True, "max_positions": 512,
@@ -141,9 +142,9 @@ def program() -> Callable[[str], str]:
     return find
 
 
-def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*command: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command's status and output."""
     return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, timeout=120,
+        list(map(str, command)), capture_output=True, text=True, check=False, timeout=120, cwd=cwd,
         env={**os.environ, **environment},
     )  # fmt: skip
