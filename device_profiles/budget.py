@@ -8,11 +8,12 @@ nobody publishes is not counted on, and the verdict says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from device_profiles.footprint import BundleFacts, Footprint, predict, runtime_constants
-from device_profiles.profile import DeviceProfile, decimal_bytes
+from device_profiles.footprint import BundleFacts, Footprint, at_context, cache_bytes, predict, runtime_constants
+from device_profiles.profile import DeviceProfile, decimal_bytes, load_profile, profile_names
+from device_profiles.speed import SpeedForecast, forecast
 from nano.errors import CheckFailedError, RequestError, UnsupportedError
 from nano.solve import NANO
 
@@ -52,6 +53,7 @@ class Verdict:
         longest_context: the longest that fits; None where not even one position does.
         advice: what to change, each with what it would bring; empty where it fits.
         notes: what must be known besides.
+        speed: tokens a second when decoding; None where the phone's memory bandwidth is not known.
     """
 
     profile: DeviceProfile
@@ -62,6 +64,7 @@ class Verdict:
     longest_context: int | None
     advice: tuple[str, ...]
     notes: tuple[str, ...]
+    speed: SpeedForecast | None = None
 
     @property
     def fits(self) -> bool:
@@ -89,6 +92,7 @@ class Verdict:
             "advice": list(self.advice),
             "notes": list(self.notes),
             "prediction_error": runtime_constants(self.facts.runtime).error,
+            "tokens_per_second": None if self.speed is None else asdict(self.speed),
         }
 
 
@@ -111,13 +115,24 @@ def judge(facts: BundleFacts, profile: DeviceProfile, context: int) -> Verdict:
     if all(limit.allowed is None for limit in limits):
         raise RequestError(
             "Nobody publishes what one app may hold on this phone, so nothing can be checked.",
-            found=f"{profile.name}: app_dirty_memory and app_memory are unknown",
-            todo="take low-end or high-end, or measure and write your own profile file",
+            found=f"{profile.name}: app_dirty_memory and app_memory are unknown"
+            + (f", of {profile.ram} of RAM" if profile.ram.known else ""),
+            todo="take low-end or high-end, or measure and write your own profile file (nanokit profiles show NAME)",
         )
-    verdict = Verdict(profile, facts, footprint, context, limits, None, (), _notes(facts, footprint, profile))
+    notes = _notes(facts, footprint, profile)
+    at = facts if context == facts.context else at_context(facts, context)
+    verdict = Verdict(profile, facts, footprint, context, limits, None, (), notes, forecast(at, profile))
     longest = _longest_context(facts, profile)
     advice = () if verdict.fits else _advice(verdict, longest)
     return replace(verdict, longest_context=longest, advice=advice)
+
+
+def judge_all(facts: BundleFacts) -> list[Verdict]:
+    """Hold a model against every profile that comes with nanokit and publishes a limit."""
+    profiles = [load_profile(name) for name in profile_names()]
+    known = [p for p in profiles if p.app_memory.known or p.app_dirty_memory.known or p.app_dirty_memory_entitled.known]
+    runs = [p for p in known if not isinstance(p.runtimes.value, tuple) or facts.runtime in p.runtimes.value]
+    return [judge(facts, profile, facts.context) for profile in runs]
 
 
 def require_fit(verdict: Verdict) -> None:
@@ -185,6 +200,11 @@ def _advice(verdict: Verdict, longest: int | None) -> tuple[str, ...]:
     facts, advice = verdict.facts, []
     if longest is not None:
         advice.append(f"use --context {longest}, the longest that fits")
+    if facts.kv == "float" and facts.runtime == "executorch":
+        small = _with_int8_cache(facts, verdict.context)
+        if _fits_at(small, verdict.profile, verdict.context):
+            less = decimal_bytes(verdict.footprint.kv_cache - small.kv_cache_bytes)
+            advice.append(f"export with --kv int8: the cache takes {less} less, and then it fits")
     if facts.float_head_bytes:
         saved = decimal_bytes(facts.float_head_bytes * 7 / 8)
         advice.append(f"quantize with --embedding int4: the float head alone takes {saved} more")
@@ -196,6 +216,11 @@ def _advice(verdict: Verdict, longest: int | None) -> tuple[str, ...]:
         such_as = f", such as {nano[-1]}" if nano else ""
         advice.append(f"take a student of at most about {_size(parameters)} parameters at this context{such_as}")
     return tuple(advice)
+
+
+def _with_int8_cache(facts: BundleFacts, context: int) -> BundleFacts:
+    kv = cache_bytes(facts.shape, facts.runtime, context, facts.chunk, "int8")
+    return replace(facts, context=context, kv_cache_bytes=kv, kv="int8")
 
 
 def _fitting_share(limit: Limit, footprint: Footprint) -> float:

@@ -21,7 +21,9 @@ def plan(
     context: int | None = None,
     runtime: Literal["executorch", "onnx"] = "executorch",
     embedding: Literal["float", "8", "4"] = "4",
+    kv: Literal["float", "int8"] = "float",
     tokens: str | None = None,
+    picture: Path | None = None,
     json: Annotated[bool, Negative] = False,
 ) -> int:
     """Solve a student's shape; count parameters, bytes and training cost; hold it against a phone.
@@ -43,23 +45,31 @@ def plan(
         Which runtime the memory forecast is for.
     embedding
         What the memory forecast assumes the embedding (and a tied head) is kept in.
+    kv
+        What the memory forecast assumes the KV cache holds: float32, or int8 (ExecuTorch).
     tokens
         Training tokens to count the cost for, like 94B; 20 for each parameter of the student where not given.
+    picture
+        Write the memory by cause as a PNG: against the phone of --profile, or else against every phone whose limits
+        are known.
     json
         Print one JSON object.
     """
-    from device_profiles.budget import judge, require_fit
+    from device_profiles.budget import judge, judge_all, require_fit
     from device_profiles.footprint import check_context, planned_facts, predict
     from device_profiles.plan import make_plan
     from device_profiles.profile import load_profile
+    from nano.ci import check_report
 
     if context is not None and context < 1:
         raise RequestError("The context is not positive.", found=f"--context {context}", expected="1 or more")
+    if picture is not None:
+        check_report(picture)
     device = None if profile is None else load_profile(profile)
     made = make_plan(student, _teacher_folder(teacher), tokens)
     if context is not None:
         check_context(made.shape, context)
-    facts = planned_facts(made.shape, made.recipe(runtime, embedding=embedding, context=context or 4096))
+    facts = planned_facts(made.shape, made.recipe(runtime, embedding=embedding, context=context or 4096, kv=kv))
     verdict = None if device is None else judge(facts, device, facts.context)
     if json:
         from nano.progress import emit_json
@@ -71,6 +81,10 @@ def plan(
 
         against = [*verdict_tables(verdict), outcome(verdict, verdict.fits)] if verdict else []
         _show([*plan_tables(made), *against])
+    if picture is not None:
+        from device_profiles.picture import write_picture
+
+        write_picture(picture, [verdict] if verdict else judge_all(facts))
     if verdict:
         require_fit(verdict)
     return 0

@@ -5,7 +5,8 @@ manifest.json; one formula a runtime turns it into bytes. With constants c of th
 
     packed   = c.packed_per_byte x bytes of codes and scales that the runtime re-lays for its kernels
                + c.head_per_byte x bytes of a head that stays float                                      (dirty)
-    kv       = sum over layers of 2 x slots x G x A x bytes a value; sliding layers hold window + slack  (dirty)
+    kv       = sum over layers of 2 x slots x G x A x bytes a value (4, or 1 and a scale and zero point for each head);
+               sliding layers hold window + slack                                                        (dirty)
     arena    = c.arena_per_byte x 4 T max(2D + 3F, 2D + 2HA + 2GA + c.scores x H x slots)                (dirty)
     logits   = 4 V for each row that a call returns                                                      (dirty)
     tokens   = c.tokenizer_per_byte x bytes of tokenizer.json                                            (dirty)
@@ -30,7 +31,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from nano.errors import BadFileError, RequestError
+from nano.errors import BadFileError, RequestError, UnsupportedError
 from nano.families import family_of, linear_shapes
 from nano.shapes import FULL, SLIDING, ModelShape
 
@@ -42,6 +43,7 @@ else:
 Runtime = Literal["executorch", "onnx"]
 RUNTIMES: tuple[Runtime, ...] = ("executorch", "onnx")
 EmbeddingBits = Literal["float", "8", "4"]
+CacheType = Literal["float", "int8"]
 
 if TYPE_CHECKING:
     from nano.manifest import Manifest
@@ -49,6 +51,9 @@ if TYPE_CHECKING:
 CONSTANTS = Path(__file__).resolve().parent / "_constants.toml"
 FLOAT_BYTES = 4
 """Both runtimes compute in float32: caches, activations, norms and float embeddings are written so."""
+
+INT8_CACHE_EXTRA = 5
+"""Bytes beside the int8 values of one head at one position: a float32 scale and an int8 zero point."""
 
 ROW_BLOCKS = (128, 64, 32, 16)
 """Blocks that a row with one scale is cut into for ONNX Runtime, the first that divides it: larger ones repeat the
@@ -66,6 +71,7 @@ class PlannedRecipe:
         context: positions the cache holds.
         chunk: positions of one prefill call.
         tokenizer_bytes: size of tokenizer.json; 0 where it is not known.
+        kv: what the cache holds: float32, or int8 with a scale for each head and position.
     """
 
     runtime: Runtime = "executorch"
@@ -74,6 +80,7 @@ class PlannedRecipe:
     context: int = 4096
     chunk: int = 128
     tokenizer_bytes: int = 0
+    kv: CacheType = "float"
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ class BundleFacts:
         context: positions the cache holds.
         chunk: positions of the longest prefill call.
         tokenizer_bytes: size of tokenizer.json.
+        kv: what the cache holds.
     """
 
     runtime: Runtime
@@ -105,6 +113,7 @@ class BundleFacts:
     context: int
     chunk: int
     tokenizer_bytes: int
+    kv: CacheType = "float"
 
 
 @dataclass(frozen=True)
@@ -198,8 +207,13 @@ def planned_facts(shape: ModelShape, recipe: PlannedRecipe) -> BundleFacts:
 
     Raises:
         RequestError: the context is not positive or beyond the model's.
+        UnsupportedError: an int8 cache for ONNX Runtime.
     """
     check_context(shape, recipe.context)
+    if recipe.kv == "int8" and recipe.runtime == "onnx":
+        raise UnsupportedError(
+            "ONNX Runtime's attention keeps a float cache on CPUs.", found="--kv int8 --runtime onnx", todo="--kv float"
+        )
     parts = planned_parts(shape, recipe)
     on_grid = recipe.embedding != "float"
     table, head = parts["embedding"], parts["head"] or parts["embedding"]
@@ -211,11 +225,12 @@ def planned_facts(shape: ModelShape, recipe: PlannedRecipe) -> BundleFacts:
         packed_source_bytes=parts["linears"] + (head if on_grid else 0),
         float_head_bytes=0 if on_grid else head,
         mapped_bytes=table + parts["norms"],
-        kv_cache_bytes=cache_bytes(shape, recipe.runtime, recipe.context, chunk),
+        kv_cache_bytes=cache_bytes(shape, recipe.runtime, recipe.context, chunk, recipe.kv),
         logits_bytes=FLOAT_BYTES * shape.vocab_size,
         context=recipe.context,
         chunk=chunk,
         tokenizer_bytes=recipe.tokenizer_bytes,
+        kv=recipe.kv,
     )
 
 
@@ -292,6 +307,7 @@ def manifest_facts(manifest: Manifest, tokenizer_bytes: int, where: str) -> Bund
         context=count("context"),
         chunk=count("chunk"),
         tokenizer_bytes=tokenizer_bytes,
+        kv="int8" if written.get("kv_cache_dtype") == "int8" else "float",
     )
 
 
@@ -305,8 +321,8 @@ def check_context(shape: ModelShape, context: int) -> None:
         )
 
 
-def cache_bytes(shape: ModelShape, runtime: Runtime, context: int, chunk: int) -> int:
-    """Bytes of the float32 KV cache as the exporters allocate it.
+def cache_bytes(shape: ModelShape, runtime: Runtime, context: int, chunk: int, kv: CacheType = "float") -> int:
+    """Bytes of the KV cache as the exporters allocate it.
 
     A sliding layer keeps its window and room for a chunk, or the context where that is shorter: window + chunk - 1
     slots in ExecuTorch's ring, window + chunk in ONNX.
@@ -316,13 +332,16 @@ def cache_bytes(shape: ModelShape, runtime: Runtime, context: int, chunk: int) -
         min(context, (shape.sliding_window or context) + slack) if kind == SLIDING else context
         for kind in shape.layer_types
     ]
-    return sum(slots) * 2 * shape.num_kv_heads * shape.head_dim * FLOAT_BYTES
+    each = FLOAT_BYTES * shape.head_dim if kv == "float" else shape.head_dim + INT8_CACHE_EXTRA
+    return sum(slots) * 2 * shape.num_kv_heads * each
 
 
 def at_context(facts: BundleFacts, context: int) -> BundleFacts:
     """The same model with a cache of another length."""
     check_context(facts.shape, context)
-    kv = cache_bytes(facts.shape, facts.runtime, context, facts.chunk)
+    own = cache_bytes(facts.shape, facts.runtime, facts.context, facts.chunk, facts.kv)
+    other = cache_bytes(facts.shape, facts.runtime, context, facts.chunk, facts.kv)
+    kv = facts.kv_cache_bytes * other // own  # the bundle's own bytes lead: an exporter may keep more than the formula
     return replace(facts, context=context, kv_cache_bytes=kv, chunk=min(facts.chunk, context))
 
 

@@ -183,13 +183,13 @@ def markdown(checked: Checked) -> str:
         rows.append((limit.about, decimal_bytes(limit.needed), allowed))
     lines.append(markdown_table(("memory", "forecast", "allowed"), rows))
     if measured is not None:
-        rows = [
+        phases = [
             (phase.name, f"{phase.seconds:.1f} s" if phase.seconds is not None else "killed",
              decimal_bytes(phase.peak_anonymous - measured.base), decimal_bytes(phase.bytes_read))
             for phase in measured.phases
         ]  # fmt: skip
         lines += ["", f"Measured under {measured.cap}:", ""]
-        lines.append(markdown_table(("phase", "time", "written at most", "read from storage"), rows))
+        lines.append(markdown_table(("phase", "time", "written at most", "read from storage"), phases))
     if failure := reason(checked):
         lines += ["", "```", failure, "```"]
     return "\n".join(lines)

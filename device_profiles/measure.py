@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -35,6 +36,9 @@ TIMEOUT = 3600.0
 WATCH_SECONDS, SAMPLE_SECONDS = 0.004, 0.25
 PAGING_SHARE = 0.05
 """Of the bytes that are read in place, the share that may come from storage again for a token: more is paging."""
+
+_REFUSED = re.compile("bad.?alloc|cannot allocate|out of memory|not enough memory|new thread", re.IGNORECASE)
+"""What libraries say that were refused memory."""
 
 Say = Callable[[str], None]
 
@@ -187,19 +191,13 @@ def measure_bundle(
     }
     with contextlib.suppress(OSError):
         drop_cache(bundle)  # else its pages may be counted for whoever read them first
-    with open_cap(allow_groups) as cap:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "device_profiles.worker", json.dumps(request)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    command = [sys.executable, "-m", "device_profiles.worker", json.dumps(request)]
+    pipe = subprocess.PIPE
+    with open_cap(allow_groups) as cap, subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:  # noqa: E501  # fmt: skip
         try:
             return _watch(process, cap, facts, (resident, dirty, timeout), prefilled, say)
         finally:
             process.kill()
-            process.wait()
 
 
 def unused_cache(facts: BundleFacts, prefilled: int) -> int:
@@ -344,7 +342,7 @@ def _killer(process: subprocess.Popen[str], cap: Cap, watched: _Watched, last: M
         return watched.killed
     if cap.killed():
         return f"the kernel ({cap.kind}): nothing was left to evict"
-    if last is not None and last["event"] == "refused":
+    if last is not None and (last["event"] == "refused" or _REFUSED.search(str(last.get("message", "")))):
         return "RLIMIT_DATA: it was refused memory"
     if cap.group is None and process.returncode not in (0, None):
         return f"RLIMIT_DATA: it ended with status {process.returncode} when it was refused memory"

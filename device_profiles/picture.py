@@ -42,7 +42,13 @@ def write_picture(path: Path, verdicts: Sequence[Verdict]) -> None:
         _draw_bar(axes, row, verdict)
     axes.set_yticks(range(len(verdicts)), [_label(verdict) for verdict in verdicts])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.14 * max(_widest(verdict) for verdict in verdicts) / GB)
+    widest = max(_widest(verdict) for verdict in verdicts) / GB
+    axes.set_xlim(0, 1.3 * widest)
+    for row, verdict in enumerate(verdicts):
+        colour = "#2f7d32" if verdict.fits else "#c0392b"
+        told = f"{decimal_bytes(verdict.footprint.dirty)} written\n{decimal_bytes(verdict.footprint.resident)} in all"
+        axes.text(1.06 * widest, row, told, va="center", fontsize=9, color=INK)
+        axes.text(1.27 * widest, row, "✓" if verdict.fits else "✗", va="center", ha="center", fontsize=14, color=colour)
     axes.set_xlabel("GB", color=MUTED, fontsize=9)
     quiet(axes)
     axes.grid(visible=False, axis="y")
@@ -59,9 +65,6 @@ def _draw_bar(axes: Any, row: int, verdict: Verdict) -> None:
     for cause, count in verdict.footprint.by_cause().items():
         axes.barh(row, count / GB, left=left, height=0.56, color=CAUSES[cause][1], edgecolor="white", lw=0.6)
         left += count / GB
-    mark = "✓" if verdict.fits else "✗"
-    colour = "#2f7d32" if verdict.fits else "#c0392b"
-    axes.text(left, row, f"  {decimal_bytes(left * GB)} {mark}", va="center", ha="left", fontsize=10, color=colour)
     for limit in verdict.limits:
         if limit.allowed is not None:
             _, colour, style = MARKS[limit.name]

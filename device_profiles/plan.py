@@ -19,7 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from device_profiles.footprint import RUNTIMES, EmbeddingBits, PlannedRecipe, Runtime, cache_bytes, planned_parts
+from device_profiles.footprint import (
+    RUNTIMES,
+    CacheType,
+    EmbeddingBits,
+    PlannedRecipe,
+    Runtime,
+    cache_bytes,
+    planned_parts,
+)
 from nano.errors import RequestError
 from nano.shapes import ModelShape, read_config
 from nano.solve import SizeTarget, canonical_shape, parse_size, solve_student
@@ -66,10 +74,12 @@ class Plan:
         """How far the count lies from the size asked for, relatively."""
         return self.shape.num_parameters / self.target.parameters - 1
 
-    def recipe(self, runtime: Runtime, *, embedding: EmbeddingBits = "4", context: int = 4096) -> PlannedRecipe:
+    def recipe(
+        self, runtime: Runtime, *, embedding: EmbeddingBits = "4", context: int = 4096, kv: CacheType = "float"
+    ) -> PlannedRecipe:
         """The recipe that bytes are counted for; the context is cut to the model's own."""
         context = min(context, self.shape.max_positions)
-        return PlannedRecipe(runtime, embedding=embedding, context=context, tokenizer_bytes=self.tokenizer_bytes)
+        return PlannedRecipe(runtime, embedding=embedding, context=context, tokenizer_bytes=self.tokenizer_bytes, kv=kv)
 
     def file_bytes(self) -> dict[str, dict[str, int]]:
         """Bytes in the file at int4 in groups of 32, scales included: by runtime, then linears, norms, and what the

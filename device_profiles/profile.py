@@ -20,7 +20,6 @@ publishes is `"unknown"`, which no check counts on. One file a device, in this f
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import date
@@ -29,11 +28,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from nano.errors import BadFileError, RequestError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from nano.toml import read_toml
 
 HOME = Path(__file__).resolve().parent
 UNKNOWN = "unknown"
@@ -224,12 +219,7 @@ def read_profile(path: Path) -> DeviceProfile:
     Raises:
         BadFileError: not TOML, a key that is not known, a wrong unit or type, a source or date that is missing.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadFileError("The profile is not valid TOML.", found=f"{path}: {error}") from None
-    except OSError as error:
-        raise BadFileError("The profile cannot be read.", found=f"{path}: {error.strerror}") from None
+    raw = read_toml(path, "profile")
     texts = {"name": path.stem, "title": path.stem, "os": "any", "how": ""}
     _check_keys(path, "", raw, (*texts, "composed_of", *_KINDS))
     for key in texts:

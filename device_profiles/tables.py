@@ -10,6 +10,7 @@ from device_profiles.gate import Checked
 from device_profiles.measure import Measurement
 from device_profiles.plan import Plan, multiplied
 from device_profiles.profile import DeviceProfile, decimal_bytes
+from device_profiles.speed import SpeedForecast
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -43,9 +44,26 @@ def verdict_tables(verdict: Verdict) -> list[RenderableType]:
         lines.append(Text(f"note: {note}", style="yellow"))
     if verdict.longest_context is not None:
         lines.append(Text(f"longest context that fits: {verdict.longest_context:,} positions"))
+    if verdict.speed is not None:
+        lines += _speed(verdict.speed)
     for advice in verdict.advice:
         lines.append(Text(f"to make it fit: {advice}"))
     return lines
+
+
+def _speed(speed: SpeedForecast) -> list[RenderableType]:
+    """Tokens a second, and what is known of the error."""
+    from rich.text import Text
+
+    span = "" if speed.low == speed.high else f", {speed.low:.3g} to {speed.high:.3g}"
+    read = decimal_bytes(speed.bytes_per_token)
+    share = f"{speed.efficiency[1]:.0%} of the memory's bandwidth"
+    known = "error unknown" if speed.error is None else f"error up to {speed.error:.0%}"
+    ran = "1 published speed" if speed.measurements == 1 else f"{speed.measurements} published speeds"
+    return [
+        Text(f"decoding: about {speed.likely:.3g} tokens/s{span}; each token reads {read}"),
+        Text(f"  at {share}, from {ran}, {known}", style="dim"),
+    ]
 
 
 def checked_tables(checked: Checked) -> list[RenderableType]:
@@ -74,8 +92,8 @@ def measured_lines(measured: Measurement, predicted: int) -> list[RenderableType
     from rich.text import Text
 
     table = _table(f"Measured under {measured.cap}{_limits_of(measured)}")
-    table.add_column("phase", no_wrap=True)
-    for heading in ("time", "tokens/s", "written", "from storage"):
+    table.add_column("phase", no_wrap=True, min_width=22)
+    for heading in ("time", "tokens/s", "written", "storage"):
         table.add_column(heading, justify="right", no_wrap=True)
     for phase in measured.phases:
         took = "[bold red]killed[/]" if phase.seconds is None else f"{phase.seconds:,.2f} s"
@@ -84,10 +102,13 @@ def measured_lines(measured: Measurement, predicted: int) -> list[RenderableType
         table.add_row(phase.name, took, rate, written, decimal_bytes(phase.bytes_read) if phase.bytes_read else "")
     sums = {key: decimal_bytes(value) for key, value in measured.samples.items()}
     lines: list[RenderableType] = [table]
-    lines.append(Text(f"whole process at most: RSS {sums['rss']}, PSS {sums['pss']}, clean {sums['clean']}, dirty {sums['dirty']}"))  # noqa: E501  # fmt: skip
+    lines.append(Text("storage: bytes read from it; dropped: after the page cache was emptied", style="dim"))
+    shown = {"RSS": "rss", "PSS": "pss", "clean": "clean", "dirty": "dirty"}
+    most = ", ".join(f"{name} {sums[key]}" for name, key in shown.items())
+    lines.append(Text(f"at most: {most}"))
     base = decimal_bytes(measured.base)
-    lines.append(Text(f"of which Python and the runtime's libraries took {base} before the bundle was opened"))
-    lines.append(Text(f"{measured.prefilled:,} of {measured.context:,} positions were prefilled, the cache's memory was written to whole"))  # noqa: E501  # fmt: skip
+    lines.append(Text(f"of which Python and libraries took {base} before the bundle was opened"))
+    lines.append(Text(f"{measured.prefilled:,} of {measured.context:,} positions prefilled; all of the cache's memory taken"))  # noqa: E501  # fmt: skip
     if measured.died is None:
         error = predicted / measured.peak_dirty - 1
         peak = f"peak written {decimal_bytes(measured.peak_dirty)}, forecast {decimal_bytes(predicted)}"

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nano.errors import BadFileError
+from nano.errors import BadFileError, RequestError
 from nano.folder import sha256_file, write_text_atomically
 from nano.version import __version__
 
@@ -79,6 +79,22 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     )
     write_text_atomically(folder / NAME, json.dumps(dataclasses.asdict(full), indent=2, default=str) + "\n")
     return full
+
+
+def add_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Add figures that were found later to a folder's manifest.json; its files are not hashed again.
+
+    Raises:
+        RequestError: the folder cannot be written to.
+    """
+    manifest = read_manifest(folder)
+    added = dataclasses.replace(manifest, results={**manifest.results, **results})
+    try:
+        write_text_atomically(folder / NAME, json.dumps(dataclasses.asdict(added), indent=2, default=str) + "\n")
+    except OSError as error:
+        raise RequestError(
+            "manifest.json cannot be written.", found=f"{folder / NAME}: {error.strerror}", todo="check its permissions"
+        ) from None
 
 
 def read_manifest(folder: Path) -> Manifest:
