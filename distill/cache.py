@@ -262,6 +262,28 @@ def row_windows(rows: Rows, which: npt.NDArray[np.int64]) -> Iterator[tuple[byte
     return windows_of(ids_BT, segment_BT, segment_BT != PAD if rows.learn_RT is None else rows.learn_RT[which])
 
 
+def check_facts(cache: Cache, wanted: Mapping[str, Any], problem: str, made: str, todo: str) -> None:
+    """Refuse a cache that was made otherwise.
+
+    Args:
+        cache: opened.
+        wanted: its facts as they should be, by name.
+        problem: with a place for the fact's name.
+        made: added to what was found.
+        todo: what helps.
+
+    Raises:
+        RequestError: names the first fact that differs.
+    """
+    for name, ours in wanted.items():
+        theirs = getattr(cache.facts, name)
+        if ours != theirs:
+            raise RequestError(
+                problem.format(name.replace("_", " ")),
+                found=f"{theirs} in {cache.folder}{made}", expected=str(ours), todo=todo,
+            )  # fmt: skip
+
+
 def check_cache(
     cache: Cache, teacher: str, tokenizer: str, temperature: float, rows: Rows, which: npt.NDArray[np.int64]
 ) -> None:
@@ -278,15 +300,13 @@ def check_cache(
     Raises:
         RequestError: names what differs.
     """
-    for name, ours in (("teacher", teacher), ("tokenizer", tokenizer), ("temperature", temperature)):
-        theirs = getattr(cache.facts, name)
-        if ours != theirs:
-            raise RequestError(
-                f"The cache holds the answers of another {name.replace('_', ' ')}.",
-                found=f"{theirs} in {cache.folder} (made from {cache.made.get('teacher')})",
-                expected=str(ours),
-                todo="make a cache for this run: nanokit cache-teacher",
-            )
+    check_facts(
+        cache,
+        {"teacher": teacher, "tokenizer": tokenizer, "temperature": temperature},
+        "The cache holds the answers of another {}.",
+        f" (made from {cache.made.get('teacher')})",
+        "make a cache for this run: nanokit cache-teacher",
+    )
     missing, total = missing_windows(cache, rows, which)
     if missing:
         raise RequestError(

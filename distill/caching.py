@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.cache import ROWS_AT_ONCE, Cache, CacheFacts, is_cache, row_windows, windows_of, write_cache_json
+from distill.cache import (
+    ROWS_AT_ONCE,
+    Cache,
+    CacheFacts,
+    check_facts,
+    is_cache,
+    row_windows,
+    windows_of,
+    write_cache_json,
+)
 from distill.data import Batch, Rows, make_batch
 from distill.options import CacheOptions
 from distill.records import Bytes, smallest_record
@@ -98,7 +107,8 @@ def run_cache_teacher(
     )  # fmt: skip
     earlier = Cache(out) if going_on else None
     if earlier is not None:
-        _check_same(earlier, facts)
+        problem = "The cache in --out is of another {}, so nothing can be added to it."
+        check_facts(earlier, vars(facts), problem, "", "choose another --out, or --force to replace it")
         if text not in earlier.made["text"]:
             earlier.made = {**earlier.made, "text": [*earlier.made["text"], text]}
     rows = load_text(open_sources(data), tokenizer, options.run_options()).rows
@@ -106,18 +116,6 @@ def run_cache_teacher(
     with _replacing(out, force):
         cache = earlier or _begin(out, facts, {"teacher": str(teacher), "text": [text]})
         return _fill(cache, rows, teacher, shape, options)
-
-
-def _check_same(cache: Cache, facts: CacheFacts) -> None:
-    for name, ours in vars(facts).items():
-        theirs = getattr(cache.facts, name)
-        if ours != theirs:
-            raise RequestError(
-                f"The cache in --out is of another {name.replace('_', ' ')}, so nothing can be added to it.",
-                found=f"{theirs} in {cache.folder}",
-                expected=str(ours),
-                todo="choose another --out, or --force to replace it",
-            )
 
 
 def _begin(out: Path, facts: CacheFacts, made: dict[str, Any]) -> Cache:

@@ -32,18 +32,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nano.errors import BadFileError, RequestError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from nano.errors import RequestError
+from nano.toml import read_toml
 
 BUILTIN_TEACHER, BUILTIN_TEXT = "builtin:demo-teacher", "builtin:demo-text"
 FORMATS = ("executorch", "onnx")
@@ -102,12 +97,7 @@ def read_recipe(path: Path) -> Recipe:
         BadFileError: missing or not TOML.
         RequestError: an unknown key, a wrong type, or something needed is missing; names the table and the key.
     """
-    if not path.is_file():
-        raise BadFileError("There is no such recipe.", found=str(path), todo="check the path")
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadFileError("The recipe is not valid TOML.", found=f"{path}: {error}") from None
+    raw = read_toml(path, "recipe")
     known = {"name", "teacher", "data", "heldout", "student", "prompt", "out", "evaluate", *_STAGES}
     _check_keys("recipe", raw, known)
     if not isinstance(raw.get("student"), list) or not raw["student"]:

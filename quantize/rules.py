@@ -14,17 +14,12 @@ Imports nothing heavy: options and the command line are made of this.
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from nano.errors import BadFileError, RequestError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from nano.errors import RequestError
+from nano.toml import read_toml
 
 CHANNEL = 0
 """As a group size: one scale for the whole input width."""
@@ -86,12 +81,7 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
         BadFileError: missing or not TOML.
         RequestError: no rule, an unknown key or an unusable value; names the rule.
     """
-    if not path.is_file():
-        raise BadFileError("There is no such file of rules.", found=str(path), todo="check the path given to --rules")
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadFileError("The file of rules is not valid TOML.", found=f"{path}: {error}") from None
+    raw = read_toml(path, "file of rules", "check the path given to --rules")
     tables = raw.get("rule")
     if set(raw) != {"rule"} or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
         raise RequestError(

@@ -305,6 +305,8 @@ def test_what_is_refused_is_said_once(ranks: Ranks, request_of: Callable[..., Ar
     check_together(DistillOptions())
     with pytest.raises(UnsupportedError, match="one device only"):
         check_together(DistillOptions(optimizer="adamw8bit"))
+    with pytest.raises(UnsupportedError, match="one device only"):
+        check_together(DistillOptions(cross_tokenizer="gold"))
 
 
 def test_a_broken_state_is_no_traceback(
