@@ -77,12 +77,12 @@ def measured(profile: str, fits: bool, context: int = 2048, speed: float = 20.0,
     return {f"{profile}@{context}": {"fits": fits, "measured": found}}
 
 
-@pytest.fixture()
+@pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     return make_bundle(tmp_path / "bundle")
 
 
-@pytest.fixture()
+@pytest.fixture
 def stored(bundle: Path, tmp_path: Path) -> Reference:
     """The bundle in a layout folder, as team/nano-2:1.0."""
     return push_bundle(bundle, parse_reference(f"oci:{tmp_path / 'store'}:team/nano-2:1.0")).reference.at("1.0")
@@ -98,20 +98,20 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip(str(error))
 
 
-@pytest.fixture()
+@pytest.fixture
 def proxy(registry: str) -> Iterator[Any]:
     """The proxy in front of the registry; faults are put into `proxy.faults`."""
     with proxying.faulty(registry) as running:
         yield running
 
 
-@pytest.fixture()
+@pytest.fixture
 def repository(registry: str, request: pytest.FixtureRequest) -> str:
     """A name that no other test uses."""
     return "test/" + "".join(c if c.isalnum() else "-" for c in request.node.name.lower()).strip("-").replace("--", "-")
 
 
-@pytest.fixture()
+@pytest.fixture
 def weights(bundle: Path) -> str:
     """The digest of the bundle's model file: what a fault has to hit."""
     artifact, _ = describe_bundle(bundle)
@@ -129,7 +129,7 @@ def same_files(one: Path, other: Path) -> bool:
     return found[0] == found[1]
 
 
-@pytest.fixture()
+@pytest.fixture
 def program() -> Callable[[str], str]:
     """The path of a program that is not ours; the test is skipped where it is missing."""
 

@@ -102,7 +102,8 @@ def test_of_several_contexts_the_longest_that_passed(tmp_path: Path) -> None:
 
 def test_annotations_of_strangers_stay_empty() -> None:
     odd = {PREFIX + "parameters": "9" * 40, PREFIX + "context": "-1", PREFIX + "verdicts": "[" * 100_000,
-           PREFIX + "scorecard": '{"a": "b", "c": null}', PREFIX + "student": 7, PREFIX + "format": "x" * 9_999}  # fmt: skip
+           PREFIX + "scorecard": '{"a": "b", "c": null}', PREFIX + "student": 7,
+           PREFIX + "format": "x" * 9_999}  # fmt: skip
     facts = read_facts(odd)
     assert (facts.parameters, facts.context, facts.verdicts, facts.scorecard, facts.student) == (0, 0, {}, {}, "")
     assert len(facts.format) == 200

@@ -18,14 +18,16 @@ from export.store.reference import Reference, parse_reference
 from .conftest import REPO, run, same_files
 
 
-@pytest.fixture()
+@pytest.fixture
 def pushed(registry: str, repository: str, bundle: Path) -> Reference:
     reference = parse_reference(f"{registry}/{repository}:1.0")
     push_bundle(bundle, reference)
     return reference
 
 
-def test_curl_alone_pulls_one_file(pushed: Reference, bundle: Path, tmp_path: Path, program: Callable[[str], str]) -> None:
+def test_curl_alone_pulls_one_file(
+    pushed: Reference, bundle: Path, tmp_path: Path, program: Callable[[str], str]
+) -> None:
     """The lines of docs/registry.md, run as they stand there."""
     program("curl")
     text = (REPO / "docs" / "registry.md").read_text()

@@ -103,7 +103,9 @@ def test_folders_that_are_no_store(tmp_path: Path, bundle: Path) -> None:
     assert sorted(p.name for p in bundle.iterdir()) == before
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"manifests": 7}', '{"manifests": [{"digest": "sha256:../x"}]}', "[" * 99_999])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"manifests": 7}', '{"manifests": [{"digest": "sha256:../x"}]}', "[" * 99_999]
+)
 def test_a_broken_index(stored: Reference, text: str) -> None:
     assert stored.folder is not None
     (stored.folder / "index.json").write_text(text)

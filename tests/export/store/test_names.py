@@ -41,6 +41,16 @@ def test_refused_together(names: tuple[str, ...]) -> None:
 
 def test_ordinary_names_pass() -> None:
     require_safe_names(
-        ["model.pte", "model.onnx", "model.onnx.data", "a/b/c.json", "a/b.json", ".hidden", "two words", "日本.txt", "..a"],
+        [
+            "model.pte",
+            "model.onnx",
+            "model.onnx.data",
+            "a/b/c.json",
+            "a/b.json",
+            ".hidden",
+            "two words",
+            "日本.txt",
+            "..a",
+        ],
         "here",
     )

@@ -33,7 +33,7 @@ IN_FLIGHT = 10_000_000
 """Bytes that may be on their way, in the buffers of two sockets, when a client is killed."""
 
 
-@pytest.fixture()
+@pytest.fixture
 def pushed(proxy: Any, repository: str, bundle: Path) -> Reference:
     """The bundle in the registry, named through the proxy."""
     reference = parse_reference(f"{proxy.host}/{repository}:1.0")
@@ -276,7 +276,7 @@ def test_a_credential_helper_is_asked(
 ) -> None:
     helper = tmp_path / "bin" / "docker-credential-vault"
     helper.parent.mkdir()
-    helper.write_text(f"#!/bin/sh\ncat > {tmp_path}/asked\n" 'echo \'{"Username": "phone", "Secret": "s3cret:x"}\'\n')
+    helper.write_text(f'#!/bin/sh\ncat > {tmp_path}/asked\necho \'{{"Username": "phone", "Secret": "s3cret:x"}}\'\n')
     helper.chmod(helper.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{helper.parent}:{os.environ['PATH']}")
     config(tmp_path / "docker", **{form: {locked: "vault"} if form == "credHelpers" else "vault"})
@@ -332,7 +332,11 @@ class _TokenServer(http.server.BaseHTTPRequestHandler):
             if value := self.headers.get(name):
                 request.add_header(name, value)
         with urllib.request.urlopen(request) as response:
-            self._answer(response.status, {k: v for k, v in response.headers.items() if k.startswith("Content-R")}, response.read())  # noqa: E501
+            self._answer(
+                response.status,
+                {k: v for k, v in response.headers.items() if k.startswith("Content-R")},
+                response.read(),
+            )  # noqa: E501
 
     do_GET = _go
 

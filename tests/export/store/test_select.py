@@ -19,7 +19,7 @@ from .conftest import SHAPE, make_bundle, measured
 BIG = {**SHAPE, "num_layers": 4, "layer_types": ["full_attention"] * 4}
 
 
-@pytest.fixture()
+@pytest.fixture
 def family(tmp_path: Path) -> Reference:
     """A name with five tags: sizes, formats, verdicts and scores."""
     reference = parse_reference(f"oci:{tmp_path / 'store'}:team/nano")

@@ -35,7 +35,7 @@ from nano.errors import BadFileError, CheckFailedError, OutputExistsError
 from .conftest import make_bundle, run, same_files
 
 
-@pytest.fixture()
+@pytest.fixture
 def keys(tmp_path: Path) -> tuple[Path, Path]:
     return make_keys(tmp_path / "team")
 
@@ -102,9 +102,7 @@ def test_what_openssl_signed_is_taken(stored: Reference, tmp_path: Path, program
     assert load_private_key(key)
 
 
-def test_pulls_want_the_right_key(
-    stored: Reference, bundle: Path, keys: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_pulls_want_the_right_key(stored: Reference, bundle: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
     other = make_keys(tmp_path / "other")
     wanted = PullOptions(key=keys[1])
     with pytest.raises(CheckFailedError, match="is not signed"):

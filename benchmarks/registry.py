@@ -1,0 +1,233 @@
+"""Pulls that are interrupted, their rate beside curl's, memory, and `ls` on a large store: the figures of registry.md.
+
+    python benchmarks/registry.py                 # all of it, about ten minutes; writes benchmarks/registry.md
+    python benchmarks/registry.py --interrupted 5 --megabytes 50 --largest 200     # a quick look, printed alone
+
+Everything goes through the real command (`python -m nano ...`) and a real registry (Debian's docker-registry). Bytes
+are counted by the proxy in front of it, so those that were on their way when a pull was killed count too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from faulty_proxy import Fault, Proxy, faulty
+from registry_server import serving
+
+from export.store.artifact import MANIFEST, canonical_json, describe_bundle
+from export.store.layout import Layout
+from export.store.push import push_bundle
+from export.store.reference import parse_reference
+from nano.manifest import Manifest, write_manifest
+
+MB = 1_000_000
+HERE = Path(__file__).resolve().parent
+
+
+def make_bundle(folder: Path, megabytes: int) -> Path:
+    """A bundle of random bytes: one file of this size, and the small ones that every bundle has."""
+    folder.mkdir(parents=True)
+    with (folder / "model.pte").open("wb") as out:
+        for _ in range(megabytes):
+            out.write(os.urandom(MB))
+    (folder / "tokenizer.json").write_bytes(os.urandom(MB // 4))
+    write_manifest(folder, Manifest(kind="executorch", footprint={"context": 2048}))
+    return folder
+
+
+def command(*arguments: object, **more: Any) -> subprocess.Popen[bytes]:
+    """`nanokit ARGUMENTS` in a process of its own."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environment = {**os.environ, "NANOKIT_STORE": "/nonexistent"}
+    return subprocess.Popen([sys.executable, "-m", "nano", *map(str, arguments)], env=environment, **{**quiet, **more})
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files."""
+    return subprocess.run(["diff", "-r", one, other], capture_output=True, check=False).returncode == 0
+
+
+def interrupted(proxy: Proxy, bundle: Path, work: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """Pulls interrupted at random bytes, by turns killed with SIGKILL and cut off by the network; then once more."""
+    size = sum(path.stat().st_size for path in bundle.iterdir())
+    chance, rows = random.Random(seed), []
+    for number in range(count):
+        out = work / f"out{number}"
+        at = chance.randrange(size)
+        killed = number % 2 == 0
+        proxy.blob_bytes, started = 0, time.monotonic()
+        proxy.faults[:] = [] if killed else [Fault("sha256:", cut=at, times=1)]
+        first = command("pull", f"{proxy.host}/team/big:1", "--out", out)
+        while killed and first.poll() is None and proxy.blob_bytes < at:
+            time.sleep(0.002)
+        if killed and first.poll() is None:
+            first.send_signal(signal.SIGKILL)
+        first.wait()
+        half = out.exists()
+        kept = sum(p.stat().st_size for p in out.with_name(out.name + ".partial").glob("*")) if not half else size
+        again = command("pull", f"{proxy.host}/team/big:1", "--out", out).wait()
+        good = again == 0 and same(bundle, out)
+        rows.append({"how": "SIGKILL" if killed else "network", "at": at / size, "kept": kept / size, "ok": good,
+                     "ratio": proxy.blob_bytes / size, "seconds": time.monotonic() - started})  # fmt: skip
+        shutil.rmtree(out)
+        print(f"{number + 1}/{count}  {rows[-1]}", file=sys.stderr, flush=True)
+    return rows
+
+
+def rates(host: str, bundle: Path, work: Path, repeats: int) -> dict[str, list[float]]:
+    """Seconds for the same blob, by turns: curl, a pull of that file after imports, and the whole command."""
+    artifact, _ = describe_bundle(bundle)
+    digest = next(file.blob.digest for file in artifact.files if file.path == "model.pte")
+    script = (
+        "import sys, time; from pathlib import Path; from export.store.pull import *; "
+        "from export.store.reference import parse_reference; import oras.provider, export.store.registry\n"
+        "start = time.perf_counter()\n"
+        "pull_artifact(parse_reference(sys.argv[1]), Path(sys.argv[2]), PullOptions(files=('model.pte',)))\n"
+        "print(time.perf_counter() - start)"
+    )
+    found: dict[str, list[float]] = {"curl": [], "pull": [], "whole command": []}
+    for _ in range(repeats):
+        url = f"http://{host}/v2/team/big/blobs/{digest}"
+        done = subprocess.run(
+            ["curl", "-sS", "-o", work / "curl", "-w", "%{time_total}", url], capture_output=True, check=True
+        )  # noqa: E501
+        found["curl"].append(float(done.stdout))
+        out = work / "pulled"
+        environment = {**os.environ, "NANOKIT_STORE": "/nonexistent"}
+        arguments = [sys.executable, "-c", script, f"{host}/team/big:1", str(out)]
+        done = subprocess.run(arguments, capture_output=True, check=True, env=environment)
+        found["pull"].append(float(done.stdout))
+        shutil.rmtree(out)
+        started = time.perf_counter()
+        assert command("pull", f"{host}/team/big:1", "--out", out, "--file", "model.pte").wait() == 0
+        found["whole command"].append(time.perf_counter() - started)
+        shutil.rmtree(out)
+    return found
+
+
+def peak(*arguments: object) -> int:
+    """The most memory (RSS) that a command took, in bytes."""
+    process = command(*arguments)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, arguments
+    return usage.ru_maxrss * 1024
+
+
+def memory(host: str, work: Path, sizes: list[int]) -> list[tuple[int, int, int]]:
+    """Peak RSS of push and pull, for bundles of several sizes."""
+    rows = []
+    for megabytes in sizes:
+        bundle, out = make_bundle(work / f"size{megabytes}", megabytes), work / "sized"
+        reference = f"{host}/team/size{megabytes}:1"
+        rows.append((megabytes, peak("push", bundle, reference), peak("pull", reference, "--out", out)))
+        shutil.rmtree(bundle)
+        shutil.rmtree(out)
+    return rows
+
+
+def fill(store: Path, bundle: Path, count: int) -> None:
+    """A layout folder of this many artifacts: real manifests, each another one."""
+    push_bundle(bundle, parse_reference(f"oci:{store}:team/nano:0"))
+    layout = Layout(store)
+    artifact, _ = describe_bundle(bundle)
+    document = json.loads(artifact.payload)
+    raw = []
+    for number in range(count):
+        document["annotations"]["io.github.nanokit.student"] = f"student-{number}"
+        payload = canonical_json(document)
+        layout.put_manifest(f"team/nano-{number % 20}", payload, MANIFEST, f"1.{number}")
+        raw.append(payload)
+
+
+def list_seconds(store: Path) -> list[float]:
+    """Seconds of `nanokit ls` on it, the interpreter's start included."""
+    found = []
+    for _ in range(5):
+        started = time.perf_counter()
+        assert command("ls", "--store", store).wait() == 0
+        found.append(time.perf_counter() - started)
+    return found
+
+
+@contextlib.contextmanager
+def workplace() -> Iterator[Path]:
+    """A folder for all of it, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="nanokit-registry-") as folder:
+        yield Path(folder)
+
+
+def report(rows: list[dict[str, Any]], megabytes: int, timed: dict[str, list[float]],
+           peaks: list[tuple[int, int, int]], listed: list[float]) -> str:  # fmt: skip
+    """The figures as Markdown."""
+    lines = ["# Push and pull, measured", "", "`python benchmarks/registry.py`; docker-registry "
+             f"{_version()} on loopback, {os.cpu_count()} cores.", "",
+             f"## {len(rows)} interrupted pulls of {megabytes} MB at random bytes", "",
+             "| interrupted by | pulls | whole after one retry | bytes moved in all, median | worst |", "|---|--:|--:|--:|--:|"]  # noqa: E501  # fmt: skip
+    for how in ("SIGKILL", "network"):
+        mine = [row for row in rows if row["how"] == how]
+        ratios = [row["ratio"] for row in mine]
+        if mine:
+            lines.append(f"| {how} | {len(mine)} | {sum(row['ok'] for row in mine)} | "
+                         f"{statistics.median(ratios):.3f} | {max(ratios):.3f} |")  # fmt: skip
+    lines += ["", "Bytes as a share of the bundle's, counted by a proxy in front of the registry.", "",
+              f"## Rate of one {megabytes} MB file", "", "| | median | best |", "|---|--:|--:|"]  # fmt: skip
+    for name, seconds in timed.items():
+        lines.append(f"| {name} | {megabytes / statistics.median(seconds):.0f} MB/s | {megabytes / min(seconds):.0f} MB/s |")  # noqa: E501  # fmt: skip
+    ratio = statistics.median(timed["curl"]) / statistics.median(timed["pull"])
+    lines += ["", f"pull / curl: {ratio:.2f} of the medians, {min(timed['curl']) / min(timed['pull']):.2f} of the best. "  # noqa: E501
+              "A pull checks sha256, curl does not; the whole command has Python's start in it.", "",
+              "## Peak memory (RSS)", "", "| bundle | push | pull |", "|--:|--:|--:|"]  # fmt: skip
+    lines += [f"| {size:,} MB | {up / MB:.0f} MB | {down / MB:.0f} MB |" for size, up, down in peaks]
+    lines += ["", "## `nanokit ls` on 1,000 artifacts", "",
+              f"{statistics.median(listed):.2f} s median of {len(listed)}, Python's start included.", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _version() -> str:
+    from registry_server import find_registry
+
+    return subprocess.run([find_registry(), "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
+def main() -> None:
+    """Measure, print, and write registry.md where nothing was shortened."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--interrupted", type=int, default=50)
+    parser.add_argument("--megabytes", type=int, default=200)
+    parser.add_argument("--largest", type=int, default=2000)
+    parser.add_argument("--artifacts", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with workplace() as work, serving(work / "registry") as host:
+        bundle = make_bundle(work / "bundle", arguments.megabytes)
+        push_bundle(bundle, parse_reference(f"{host}/team/big:1"))
+        timed = rates(host, bundle, work, 7)
+        peaks = memory(host, work, sorted({20, arguments.megabytes, arguments.largest}))
+        small = make_bundle(work / "small", 1)
+        fill(work / "store", small, arguments.artifacts)
+        listed = list_seconds(work / "store")
+        with faulty(host) as proxy:
+            rows = interrupted(proxy, bundle, work, arguments.interrupted, arguments.seed)
+    text = report(rows, arguments.megabytes, timed, peaks, listed)
+    print(text)
+    if (arguments.interrupted, arguments.megabytes, arguments.largest, arguments.artifacts) == (50, 200, 2000, 1000):
+        (HERE / "registry.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
