@@ -25,7 +25,7 @@ def read_toml(path: Path, what: str, todo: str = "check the path") -> dict[str, 
     Raises:
         BadFileError: missing, unreadable, or not TOML.
     """
-    if not path.is_file():
+    if not path.exists():
         raise BadFileError(f"There is no such {what}.", found=str(path), todo=todo)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
