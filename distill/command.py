@@ -69,14 +69,16 @@ def distill(
     wanted = list(zip(student, out, strict=True))
     source = resolve_model(teacher)
     made = run_distill_many(source, wanted, data, options, force, resume=resume, teacher_cache=teacher_cache)
-    records = []
-    for (_student, folder), manifest in zip(wanted, made, strict=True):
-        size = sum(entry["bytes"] for entry in manifest.files.values())
-        records.append({"out": str(folder), "bytes": size, "shape": manifest.shape, **manifest.results})
-        if not json:
-            _show(manifest.results, folder, size)
+    records = [
+        {"out": str(folder), "bytes": sum(entry["bytes"] for entry in manifest.files.values()),
+         "shape": manifest.shape, **manifest.results}
+        for folder, manifest in zip(out, made, strict=True)
+    ]  # fmt: skip
     if json:
         emit_json(records[0] if len(records) == 1 else {"students": records})
+    else:
+        for record in records:
+            _show(record)
 
 
 def cache_teacher(
@@ -122,15 +124,15 @@ def cache_teacher(
     )
 
 
-def _show(results: Mapping[str, Any], out: Path, size: int) -> None:
-    """A table of held-out figures."""
+def _show(results: Mapping[str, Any]) -> None:
+    """A table of a student's held-out figures."""
     from rich.table import Table
 
     from nano.folder import human_bytes
     from nano.progress import say, show
 
     held_out = results["held_out"]
-    table = Table(title=f"{out}: on {held_out['tokens']:,} held-out tokens")
+    table = Table(title=f"{results['out']}: on {held_out['tokens']:,} held-out tokens")
     apart = measure_of(held_out["trained"])
     for heading in ("", "cross-entropy", "perplexity", MEASURES[apart], "same top token"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -142,7 +144,7 @@ def _show(results: Mapping[str, Any], out: Path, size: int) -> None:
     show(table)
     parts = f"{results['parameters']:,} of the teacher's {results['teacher_parameters']:,} parameters"
     speed = f"{results['train_seconds']:.0f} s ({results['tokens_per_second']:,.0f}/s)"
-    say(f"{parts}, {human_bytes(size)}; trained on {results['train_tokens']:,} tokens in {speed}")
+    say(f"{parts}, {human_bytes(results['bytes'])}; trained on {results['train_tokens']:,} tokens in {speed}")
 
 
 if __name__ == "__main__":  # torchrun -m distill.command

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from nano.errors import RequestError
 from nano.hub import resolve_model
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nano.metrics import Scores
 
 Negative = Parameter(negative="")
 
@@ -61,13 +67,18 @@ def evaluate(
     )
     if json:
         emit_json({"model": model, "reference": reference, "activations": activations, **scores.as_dict()})
-        return 0
+    else:
+        show(_scores_table({"model": model, "reference": reference}, scores))
+    return 0
+
+
+def _scores_table(models: Mapping[str, str | None], scores: Scores) -> Table:
+    """What was measured, a line each; what was not has none."""
     from rich.table import Table
 
     table = Table(show_header=False)
     rows = {
-        "model": model,
-        "reference": reference,
+        **models,
         "perplexity": f"{scores.perplexity:.4f}",
         "tokens": f"{scores.tokens:,}",
         "perplexity of the reference": scores.reference_perplexity and f"{scores.reference_perplexity:.4f}",
@@ -78,8 +89,7 @@ def evaluate(
     for name, value in rows.items():
         if value:
             table.add_row(name, value)
-    show(table)
-    return 0
+    return table
 
 
 def generate(
