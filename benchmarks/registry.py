@@ -105,7 +105,7 @@ def rates(host: str, bundle: Path, work: Path, repeats: int) -> dict[str, list[f
         url = f"http://{host}/v2/team/big/blobs/{digest}"
         done = subprocess.run(
             ["curl", "-sS", "-o", work / "curl", "-w", "%{time_total}", url], capture_output=True, check=True
-        )  # noqa: E501
+        )
         found["curl"].append(float(done.stdout))
         out = work / "pulled"
         environment = {**os.environ, "NANOKIT_STORE": "/nonexistent"}

@@ -7,7 +7,8 @@ main { max-width: 1240px; }
 :root { --good: #1a7f42; --bad: #b42318; --card: #f7f8f9; }
 @media (prefers-color-scheme: dark) { :root { --good: #58c98a; --bad: #f0827a; --card: #1b2025; } }
 .controls { display: flex; flex-wrap: wrap; gap: 12px 16px; align-items: end; margin: 0 0 20px;
-  position: sticky; top: 0; background: var(--page); padding: 10px 0; border-bottom: 1px solid var(--line); z-index: 1; }
+  position: sticky; top: 0; z-index: 1;
+  background: var(--page); padding: 10px 0; border-bottom: 1px solid var(--line); }
 .controls[hidden] { display: none; }
 .controls label { display: grid; gap: 2px; font-size: .8rem; color: var(--muted); flex: 1 1 150px; }
 .controls input, .controls select { font: inherit; font-size: 1rem; color: var(--ink); background: var(--page);

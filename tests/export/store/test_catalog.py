@@ -1,4 +1,4 @@
-"""The catalogue in headless Chromium: what is shown, searched, filtered and sorted, and that strangers' text is text."""
+"""The catalogue in headless Chromium: shown, searched, filtered, sorted; and strangers' text is text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def store(tmp_path: Path) -> Path:
     scores = {"scorecard": {"capabilities": {"factuality": 0.9, "coding": 0.5}}}
     made: list[tuple[str, dict[str, Any]]] = [
         ("nano-2:1.0-pte", {"created": "2026-03-01T00:00:00+00:00",
-                            "results": {"checks": {**measured("pixel-8", True), **measured("low-end", False)}, **scores}}),
+                            "results": {"checks": {**measured("pixel-8", True), **measured("low-end", False)},
+                                        **scores}}),
         ("nano-2:1.0-onnx", {"kind": "onnx", "created": "2026-02-01T00:00:00+00:00",
                              "results": {"checks": measured("pixel-8", True, speed=8.5)}}),
         ("nano-1:1.0-pte", {"created": "2026-01-01T00:00:00+00:00", "results": {"checks": measured("low-end", True)}}),
@@ -92,11 +93,12 @@ VIEWS = {
 def test_a_view_is_an_address(store: Path, tmp_path: Path, dom: Callable[..., str]) -> None:
     write_catalog(str(store), tmp_path / "site")
     script = (
-        "(async () => { const seen = []; for (const view of %s) { location.hash = view;"
+        f"const views = {json.dumps(list(VIEWS))};"
+        "(async () => { const seen = []; for (const view of views) { location.hash = view;"
         "await new Promise(done => setTimeout(done, 20));"
         "seen.push([...document.querySelectorAll('.card:not([hidden]) h2')].map(h => h.textContent),"
         "document.getElementById('none').hidden); } document.title = JSON.stringify(seen); })()"
-    ) % json.dumps(list(VIEWS))
+    )
     page = dom(tmp_path / "site" / "index.html", script=script)
     found = re.search(r"<title>(.*)</title>", page)
     assert found is not None
@@ -108,7 +110,8 @@ def test_a_view_is_an_address(store: Path, tmp_path: Path, dom: Callable[..., st
 def test_typing_searches_and_is_kept_in_the_address(store: Path, tmp_path: Path, dom: Callable[..., str]) -> None:
     write_catalog(str(store), tmp_path / "site")
     script = (
-        "const q = document.getElementById('q'); q.value = 'onnx'; q.dispatchEvent(new Event('input', {bubbles: true}));"
+        "const q = document.getElementById('q'); q.value = 'onnx';"
+        "q.dispatchEvent(new Event('input', {bubbles: true}));"
         "document.title = location.hash + ' ' + document.getElementById('count').textContent;"
     )
     page = dom(tmp_path / "site" / "index.html", script=script)

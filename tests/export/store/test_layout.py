@@ -88,7 +88,7 @@ def test_what_is_not_there_is_said_with_what_is(stored: Reference) -> None:
         remove(stored.at("2.0"))
     with pytest.raises(RequestError, match="Which one"):
         remove(stored.at())
-    with pytest.raises(RequestError, match="registry's own|own tools"):
+    with pytest.raises(RequestError, match="its own tools"):
         remove(Reference("a", "1", host="ghcr.io"))
 
 

@@ -336,7 +336,7 @@ class _TokenServer(http.server.BaseHTTPRequestHandler):
                 response.status,
                 {k: v for k, v in response.headers.items() if k.startswith("Content-R")},
                 response.read(),
-            )  # noqa: E501
+            )
 
     do_GET = _go
 
