@@ -1,15 +1,17 @@
 """Measure what bundles really take, fit the constants of the memory forecast, print its error.
 
     python benchmarks/footprint.py                     # measure the cases that fit a small machine, print the table
-    python benchmarks/footprint.py --write             # and write device_profiles/_constants.toml
+    python benchmarks/footprint.py --large             # and Nano-1 and Nano-2 at their true size
+    python benchmarks/footprint.py --write             # and write the constants and benchmarks/footprint.md
     python benchmarks/footprint.py --cases 400M-2048   # some cases only
     python benchmarks/footprint.py --bundle FOLDER ... # predicted against measured for bundles of your own
 
-Each case is a random int4 checkpoint of a real architecture, exported by nanokit itself, loaded in a fresh process by
-its own runtime, prefilled to its whole context in chunks and decoded; a thread samples that process's anonymous
-memory (RssAnon of /proc/self/status: what no phone can evict). The baseline, a process in which the runtime is
-imported and nothing is loaded, is subtracted. The same few constants are fitted over all cases of a runtime at once by
-least squares of the relative error; no case has a constant of its own.
+Each case is a random int4 checkpoint of a real architecture, exported by nanokit itself and run as `nanokit check
+--measure` does (`device_profiles.measure`), without a limit: a fresh process, its own runtime, a prompt, 16 tokens
+decoded. What counts is anonymous memory over what Python and the libraries took before: what no phone can evict. Of a
+long context the first positions are prefilled (`--prefill`), and memory of the size of the rest of the cache is written
+instead; that this comes to the same was checked (tests/device_profiles/test_measure.py). The same few constants are
+fitted over all cases of a runtime at once by least squares of the relative error; no case has a constant of its own.
 """
 
 from __future__ import annotations
@@ -17,15 +19,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import importlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -36,22 +35,11 @@ import numpy as np
 
 from device_profiles.check import bundle_facts
 from device_profiles.footprint import CONSTANTS, RUNTIMES, BundleFacts, live_bytes, predict, runtime_constants
+from device_profiles.measure import measure_bundle
+from device_profiles.speed import PUBLISHED, PublishedSpeed, from_others
 from nano.shapes import FULL, SLIDING, ModelShape
 
-DECODED = 16
-IMPORTED = {
-    "onnx": ("tokenizers", "onnxruntime", "onnx_ir", "sympy", "export.onnx_readback", "export.onnx_runtime"),
-    "executorch": (
-        "tokenizers",
-        "torch",
-        "executorch.runtime",
-        "executorch.kernels.quantized",
-        "executorch.extension.llm.custom_ops.custom_ops",
-        "export.executorch_lower",
-        "export.executorch_runtime",
-    ),
-}
-"""What Python itself imports to run a bundle: part of the baseline, since no phone has it."""
+REPORT = Path(__file__).resolve().with_suffix(".md")
 
 
 @dataclass(frozen=True)
@@ -63,6 +51,7 @@ class Case:
     context: int
     embedding: int
     large: bool = False
+    kv_cache: str = "float"
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,6 @@ class Measured:
     facts: BundleFacts
     loaded: int
     peak: int
-    file_pages: int
 
 
 def _llama(v: int, d: int, f: int, layers: int, h: int, g: int, a: int) -> ModelShape:
@@ -98,6 +86,7 @@ CASES = (
     Case("170M-4096", _gemma3(65536, 768, 3072, 12, 4, 1, 128), 4096, 4),
     Case("400M-2048", _llama(32000, 1024, 4096, 24, 16, 4, 64), 2048, 4),
     Case("400M-512", _llama(32000, 1024, 4096, 24, 16, 4, 64), 512, 4),
+    Case("400M-8192-int8", _llama(32000, 1024, 4096, 24, 16, 4, 64), 8192, 4, kv_cache="int8"),
     Case("nano-1-4096", _gemma3(262144, 1536, 8576, 30, 8, 1, 256), 4096, 4, large=True),
     Case("nano-2-8192", _gemma3(262144, 2048, 10752, 36, 8, 1, 256), 8192, 4, large=True),
 )
@@ -153,45 +142,6 @@ def _write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
 
 
-def status() -> dict[str, int]:
-    """Anonymous and file-backed resident bytes of this process."""
-    lines = (line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return {key: int(value.split()[0]) * 1024 for key, value in lines if key in ("RssAnon", "RssFile")}
-
-
-def measure_here(folder: Path) -> dict[str, int]:
-    """Load, prefill and decode a bundle in this process; anonymous bytes over the baseline."""
-    from nano.lm import open_model
-    from nano.manifest import read_manifest
-
-    for module in IMPORTED[read_manifest(folder).kind]:
-        importlib.import_module(module)
-    base, peak, stop = status(), [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.is_set():
-            peak[0] = max(peak[0], status()["RssAnon"])
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    model = open_model(folder)
-    loaded = status()
-    ids = (np.arange(model.context - DECODED - 1) % 200 + 3).tolist()
-    model.prefill(ids)
-    for _ in range(DECODED):
-        model.decode(5)
-    end = status()
-    stop.set()
-    watcher.join()
-    top = max(peak[0], end["RssAnon"])
-    return {
-        "loaded": loaded["RssAnon"] - base["RssAnon"],
-        "peak": top - base["RssAnon"],
-        "file_pages": end["RssFile"] - base["RssFile"],
-    }
-
-
 def measure_tokenizer(size: int) -> dict[str, int]:
     """Bytes of tokenizer.json with `size` merges, and of the same tokenizer loaded, in this process."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -212,7 +162,7 @@ def measure_tokenizer(size: int) -> dict[str, int]:
         Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges)).save(str(path))
         written = path.stat().st_size
         code = (
-            "import sys; from tokenizers import Tokenizer; from benchmarks.footprint import status; "
+            "import sys; from tokenizers import Tokenizer; from device_profiles.worker import status; "
             "before = status()['RssAnon']; kept = Tokenizer.from_file(sys.argv[1]); "
             "print(status()['RssAnon'] - before)"
         )
@@ -231,10 +181,13 @@ def _python(*arguments: str) -> str:
     return done.stdout
 
 
-def measure(name: str, folder: Path) -> Measured:
+def measure(name: str, folder: Path, prefill: int) -> Measured:
     """One bundle, in a process of its own."""
-    found = json.loads(_python(__file__, "--measure", str(folder)).strip().splitlines()[-1])
-    return Measured(name, bundle_facts(folder), found["loaded"], found["peak"], found["file_pages"])
+    facts = bundle_facts(folder)
+    print(f"measuring {name} in {facts.runtime}", file=sys.stderr)
+    tokens = prefill if prefill + 64 < facts.context else None
+    found = measure_bundle(folder, facts, resident=None, dirty=None, tokens=tokens)
+    return Measured(name, facts, found.phases[0].peak_anonymous - found.base, found.peak_dirty)
 
 
 def build(case: Case, runtime: str, work: Path) -> Path:
@@ -245,6 +198,7 @@ def build(case: Case, runtime: str, work: Path) -> Path:
             write_checkpoint(checkpoint, case)
         print(f"exporting {case.name} to {runtime}", file=sys.stderr)
         arguments = ["--format", runtime, "--context", str(case.context), "--out", str(bundle), "--json"]
+        arguments += ["--kv-cache", case.kv_cache] if case.kv_cache != "float" else []
         _python("-m", "nano", "export", str(checkpoint), *arguments)
     return bundle
 
@@ -282,31 +236,75 @@ def _nonnegative(columns: Any, wanted: Any) -> Any:
     return solved
 
 
-def table(rows: Sequence[Measured]) -> float:
-    """Print predicted against measured; gives the largest relative error."""
-    worst = 0.0
-    print(f"{'case':18} {'runtime':11} {'packed src':>10} {'KV':>8} {'loaded':>8} {'peak':>8} {'predicted':>9} {'error':>7}")  # noqa: E501  # fmt: skip
+def largest_error(rows: Sequence[Measured]) -> float:
+    """Of the predicted peaks, relatively."""
+    return max(abs(predict(row.facts).dirty / row.peak - 1) for row in rows)
+
+
+def lines_of(rows: Sequence[Measured]) -> list[str]:
+    """Predicted against measured, one line of a Markdown table a bundle."""
+    found = []
     for row in rows:
         predicted = predict(row.facts).dirty
-        error = predicted / row.peak - 1
-        worst = max(worst, abs(error))
         shown = (row.facts.packed_source_bytes, row.facts.kv_cache_bytes, row.loaded, row.peak, predicted)
-        cells = [f"{value / 1e6:.1f}" for value in shown]
-        print(f"{row.name:18} {row.facts.runtime:11} {cells[0]:>10} {cells[1]:>8} {cells[2]:>8} {cells[3]:>8} {cells[4]:>9} {error:>+7.1%}")  # noqa: E501  # fmt: skip
-    print(f"largest error {worst:.1%} (bytes in MB, anonymous memory over the runtime's own)")
-    return worst
+        size = row.facts.shape.num_parameters / 1e6
+        cells = [row.name, row.facts.runtime, f"{size:,.0f}", f"{row.facts.context:,}", *(f"{value / 1e6:,.1f}" for value in shown)]  # noqa: E501  # fmt: skip
+        found.append("| " + " | ".join([*cells, f"{predicted / row.peak - 1:+.1%}"]) + " |")
+    return found
+
+
+HEAD = """| case | runtime | M parameters | context | packed source | KV | after load | peak | predicted | error |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"""
+
+
+def report(rows: Sequence[Measured]) -> str:
+    """The table with how it was made, and what the speed forecast is held against."""
+    speeds = [
+        f"| {r.what} | {r.phone} | {r.bytes_per_token / 1e6:,.0f} | {r.tokens_per_second} | {r.efficiency:.0%} | "
+        f"{_speed_error(r)} |"
+        for r in PUBLISHED
+    ]
+    return "\n".join([
+        "# Memory: predicted against measured",
+        "",
+        f"{_where()}. Anonymous memory (MB) over what Python and the libraries took.",
+        f"Largest error {largest_error(rows):.1%}. Written by `python benchmarks/footprint.py --large --write`; the",
+        "constants are fitted over all rows of a runtime.",
+        "",
+        HEAD,
+        *lines_of(rows),
+        "",
+        "# Speed: forecast against published",
+        "",
+        "Each is forecast from the mean efficiency of the others on cores of its kind (`device_profiles/speed.py`).",
+        "",
+        "| model | phone | MB a token | tokens/s | of the bandwidth | error of the forecast |",
+        "|---|---|--:|--:|--:|--:|",
+        *speeds,
+        "",
+    ])  # fmt: skip
+
+
+def _speed_error(row: PublishedSpeed) -> str:
+    alike = [other for other in PUBLISHED if other.int8_products is row.int8_products]
+    return "none to compare with" if len(alike) < 2 else f"{from_others(row, alike) / row.tokens_per_second - 1:+.1%}"
 
 
 def write_constants(found: dict[str, dict[str, float]], errors: dict[str, float]) -> None:
     """device_profiles/_constants.toml: what was fitted, how far off it is, where and when."""
-    packages = [p for p in ("torch", "executorch", "onnxruntime") if _version(p)]
-    measured = f"{datetime.date.today()}, {platform.machine()} Linux, " + ", ".join(f"{p} {_version(p)}" for p in packages)  # noqa: E501  # fmt: skip
-    kept = {r: dataclasses.asdict(runtime_constants(r)) for r in RUNTIMES if r not in found}
+    measured = _where()
+    kept: dict[str, dict[str, Any]] = {r: dataclasses.asdict(runtime_constants(r)) for r in RUNTIMES if r not in found}
     written = {r: {**constants, "error": round(errors[r], 4), "measured": measured} for r, constants in found.items()}
     lines = ["# Written by `python benchmarks/footprint.py --write`: measured, not chosen. Do not edit."]
     for runtime, constants in sorted({**kept, **written}.items()):
         lines += ["", f"[{runtime}]", *(f"{key} = {json.dumps(value)}" for key, value in constants.items())]
     CONSTANTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _where() -> str:
+    packages = [p for p in ("torch", "executorch", "onnxruntime") if _version(p)]
+    versions = ", ".join(f"{p} {_version(p)}" for p in packages)
+    return f"{datetime.date.today()}, {platform.machine()} Linux, {versions}"
 
 
 def _version(package: str) -> str:
@@ -319,31 +317,32 @@ def _version(package: str) -> str:
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--bundle", type=Path, nargs="+", help="bundles to measure with the constants as they are")
     parser.add_argument("--cases", nargs="+", choices=[c.name for c in CASES], help="which cases; default: the small")
+    parser.add_argument("--large", action="store_true", help="Nano-1 and Nano-2 too: 16 GB of disk, 6 GB of memory")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES)
+    parser.add_argument("--prefill", type=int, default=256, help="positions to prefill of a longer context")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nanokit-footprint")
-    parser.add_argument("--write", action="store_true", help="fit and write device_profiles/_constants.toml")
+    parser.add_argument(
+        "--write", action="store_true", help="fit, write device_profiles/_constants.toml and the report"
+    )
     given = parser.parse_args()
-    if given.measure:
-        print(json.dumps(measure_here(given.measure)))
-        return
     if given.bundle:
-        table([measure(folder.name, folder) for folder in given.bundle])
+        print("\n".join([HEAD, *lines_of([measure(folder.name, folder, given.prefill) for folder in given.bundle])]))
         return
-    cases = [c for c in CASES if (c.name in given.cases if given.cases else not c.large)]
-    rows = {r: [measure(c.name, build(c, r, given.work)) for c in cases] for r in given.runtimes}
+    cases = [c for c in CASES if (c.name in given.cases if given.cases else given.large or not c.large)]
+    rows = {r: [measure(c.name, build(c, r, given.work), given.prefill) for c in cases if r == "executorch" or c.kv_cache == "float"] for r in given.runtimes}  # noqa: E501  # fmt: skip
     if given.write:
         sizes = [measure_tokenizer(size) for size in (32_000, 60_000)]
         per_byte = float(np.mean([size["loaded"] / size["file"] for size in sizes]))
         found = {runtime: fit(measured, per_byte) for runtime, measured in rows.items()}
         write_constants(found, dict.fromkeys(found, 0.0))
         runtime_constants.cache_clear()
-        write_constants(found, {runtime: table(measured) for runtime, measured in rows.items()})
-        return
-    for measured in rows.values():
-        table(measured)
+        write_constants(found, {runtime: largest_error(measured) for runtime, measured in rows.items()})
+    told = report([row for measured in rows.values() for row in measured])
+    print(told)
+    if given.write:
+        REPORT.write_text(told, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def _advice(verdict: Verdict, longest: int | None) -> tuple[str, ...]:
         small = _with_int8_cache(facts, verdict.context)
         if _fits_at(small, verdict.profile, verdict.context):
             less = decimal_bytes(verdict.footprint.kv_cache - small.kv_cache_bytes)
-            advice.append(f"export with --kv int8: the cache takes {less} less, and then it fits")
+            advice.append(f"export with --kv-cache int8: the cache takes {less} less, and then it fits")
     if facts.float_head_bytes:
         saved = decimal_bytes(facts.float_head_bytes * 7 / 8)
         advice.append(f"quantize with --embedding int4: the float head alone takes {saved} more")

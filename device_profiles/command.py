@@ -21,7 +21,7 @@ def plan(
     context: int | None = None,
     runtime: Literal["executorch", "onnx"] = "executorch",
     embedding: Literal["float", "8", "4"] = "4",
-    kv: Literal["float", "int8"] = "float",
+    kv_cache: Literal["float", "int8"] = "float",
     tokens: str | None = None,
     picture: Path | None = None,
     json: Annotated[bool, Negative] = False,
@@ -45,7 +45,7 @@ def plan(
         Which runtime the memory forecast is for.
     embedding
         What the memory forecast assumes the embedding (and a tied head) is kept in.
-    kv
+    kv_cache
         What the memory forecast assumes the KV cache holds: float32, or int8 (ExecuTorch).
     tokens
         Training tokens to count the cost for, like 94B; 20 for each parameter of the student where not given.
@@ -69,7 +69,7 @@ def plan(
     made = make_plan(student, _teacher_folder(teacher), tokens)
     if context is not None:
         check_context(made.shape, context)
-    facts = planned_facts(made.shape, made.recipe(runtime, embedding=embedding, context=context or 4096, kv=kv))
+    facts = planned_facts(made.shape, made.recipe(runtime, embedding=embedding, context=context or 4096, kv=kv_cache))
     verdict = None if device is None else judge(facts, device, facts.context)
     if json:
         from nano.progress import emit_json

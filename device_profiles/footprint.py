@@ -212,7 +212,9 @@ def planned_facts(shape: ModelShape, recipe: PlannedRecipe) -> BundleFacts:
     check_context(shape, recipe.context)
     if recipe.kv == "int8" and recipe.runtime == "onnx":
         raise UnsupportedError(
-            "ONNX Runtime's attention keeps a float cache on CPUs.", found="--kv int8 --runtime onnx", todo="--kv float"
+            "ONNX Runtime's attention keeps a float cache on CPUs.",
+            found="--kv-cache int8 --runtime onnx",
+            todo="--kv-cache float",
         )
     parts = planned_parts(shape, recipe)
     on_grid = recipe.embedding != "float"

@@ -131,9 +131,10 @@ def published_error(rows: list[PublishedSpeed] | tuple[PublishedSpeed, ...] = PU
     """The largest relative error when each speed is forecast from the others; None for fewer than two."""
     if len(rows) < 2:
         return None
-    return max(abs(_from_others(row, rows) / row.tokens_per_second - 1) for row in rows)
+    return max(abs(from_others(row, rows) / row.tokens_per_second - 1) for row in rows)
 
 
-def _from_others(row: PublishedSpeed, rows: list[PublishedSpeed] | tuple[PublishedSpeed, ...]) -> float:
+def from_others(row: PublishedSpeed, rows: list[PublishedSpeed] | tuple[PublishedSpeed, ...]) -> float:
+    """Tokens a second of one measurement, forecast from the mean efficiency of the others."""
     mean = fmean(other.efficiency for other in rows if other is not row)
     return mean * row.bandwidth / row.bytes_per_token

@@ -85,9 +85,9 @@ def test_an_int8_cache_is_planned_and_advised(nanokit: Callable[..., Any], tmp_p
     tight = ("plan", "--student", "1.2B", "--teacher", tmp_path / "teacher", "--context", 20000, "--profile", "low-end")
     failed = nanokit(*tight)
     assert failed.status == 1
-    assert "--kv int8" in failed.stderr
-    assert nanokit(*tight, "--kv", "int8").status == 0
-    refused = nanokit(*tight, "--kv", "int8", "--runtime", "onnx")
+    assert "--kv-cache int8" in failed.stderr
+    assert nanokit(*tight, "--kv-cache", "int8").status == 0
+    refused = nanokit(*tight, "--kv-cache", "int8", "--runtime", "onnx")
     assert refused.status == 2
     assert "float cache" in refused.stderr
 
