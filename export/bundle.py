@@ -17,9 +17,11 @@ import torch
 from nano.errors import WorkError
 from nano.progress import track
 from quantize.grid import QuantizedTensor
-from quantize.packed import Int4Checkpoint
+from quantize.packed import Int4Checkpoint, unpack_codes
 
 Format = Literal["executorch", "onnx"]
+SLAB = 1 << 22
+"""Codes compared at a time."""
 FORMATS: tuple[Format, ...] = ("executorch", "onnx")
 
 _READERS = {"executorch": "export.executorch_readback:read_codes", "onnx": "export.onnx_readback:read_codes"}
@@ -69,7 +71,7 @@ def compare_codes(folder: Path, format: Format, checkpoint: Int4Checkpoint) -> E
         for name, found in read_codes(folder, format):
             seen.add(name)
             codes += found.codes_NK.numel()
-            difference = _difference(found, checkpoint.quantized(name)) if name in checkpoint else "not a module of it"
+            difference = _difference(found, checkpoint, name) if name in checkpoint else "not a module of it"
             if difference:
                 differences[name] = difference
             progress.advance()
@@ -78,21 +80,26 @@ def compare_codes(folder: Path, format: Format, checkpoint: Int4Checkpoint) -> E
     return Exactness(len(seen), codes, tuple(differing), differences[differing[0]] if differing else "")
 
 
-def _difference(found: QuantizedTensor, wanted: QuantizedTensor) -> str:
-    """How two modules differ, empty where they do not; an artifact may repeat a scale over smaller groups."""
-    repeat, rest = divmod(wanted.group_size, found.group_size)
-    if rest or found.bits != wanted.bits or (found.zero_NG is None) != (wanted.zero_NG is None):
-        return f"{found.bits} bits in groups of {found.group_size}, not {wanted.bits} in {wanted.group_size}"
-    pairs = [("codes", found.codes_NK, wanted.codes_NK), ("scales", found.scale_NG, wanted.scale_NG)]
-    if found.zero_NG is not None and wanted.zero_NG is not None:
-        pairs.append(("zero points", found.zero_NG, wanted.zero_NG))
-    differences = []
+def _difference(found: QuantizedTensor, checkpoint: Int4Checkpoint, name: str) -> str:
+    """How a module differs, empty where it does not; an artifact may repeat a scale over smaller groups."""
+    grid = checkpoint.layout(name)
+    repeat, rest = divmod(grid.group_size, found.group_size)
+    if rest or found.bits != grid.bits or (found.zero_NG is None) != grid.symmetric:
+        return f"{found.bits} bits in groups of {found.group_size}, not {grid.bits} in {grid.group_size}"
+    if found.codes_NK.shape != (grid.rows, grid.columns):
+        return f"codes of shape {tuple(found.codes_NK.shape)}, not {(grid.rows, grid.columns)}"
+    zero_NG, step, changed = checkpoint.zeros(name), max(1, SLAB // grid.columns), 0
+    for start in range(0, grid.rows, step):
+        stop = min(start + step, grid.rows)
+        wanted = unpack_codes(checkpoint.words(name, start, stop), grid.columns, grid.bits)
+        changed += 0 if torch.equal(found.codes_NK[start:stop], wanted) else int((found.codes_NK[start:stop] != wanted).sum())  # noqa: E501  # fmt: skip
+    differences = [f"{changed:,} of {found.codes_NK.numel():,} codes"] if changed else []
+    pairs = [("scales", found.scale_NG, checkpoint.scales(name))]
+    if found.zero_NG is not None and zero_NG is not None:
+        pairs.append(("zero points", found.zero_NG, zero_NG))
     for part, ours, theirs in pairs:
-        theirs = theirs if part == "codes" else theirs.repeat_interleave(repeat, 1)
-        if ours.shape != theirs.shape:
-            differences.append(f"{part} of shape {tuple(ours.shape)}, not {tuple(theirs.shape)}")
-        elif not torch.equal(ours, theirs):
-            differences.append(f"{int((ours != theirs).sum()):,} of {ours.numel():,} {part}")
+        unlike = int((ours != theirs.repeat_interleave(repeat, 1)).sum())
+        differences += [f"{unlike:,} of {ours.numel():,} {part}"] if unlike else []
     return ", ".join(differences)
 
 

@@ -24,6 +24,8 @@ from quantize.grid import QuantizedTensor
 
 QUANTIZED = ("MatMulNBits", "GatherBlockQuantized")
 MICROSOFT = "com.microsoft"
+SLAB = 1 << 18
+"""Bytes unpacked at a time: what a core's cache holds."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,12 @@ def _unpack(packed_NB: npt.NDArray[np.uint8], bits: int) -> torch.Tensor:
     """Unsigned fields of bytes, the first in the lowest bits, to int8 codes: less 2^(bits-1)."""
     fields = 8 // bits
     unsigned_NK = np.empty((packed_NB.shape[0], packed_NB.shape[1] * fields), np.uint8)
-    for field in range(fields):
-        unsigned_NK[:, field::fields] = (packed_NB >> (field * bits)) & ((1 << bits) - 1)
-    unsigned_NK -= np.uint8(1 << (bits - 1))  # wraps below zero, as int8 reads it
+    step = max(1, SLAB // packed_NB.shape[1])
+    for start in range(0, len(packed_NB), step):
+        packed, unsigned = packed_NB[start : start + step], unsigned_NK[start : start + step]
+        for field in range(fields):
+            unsigned[:, field::fields] = (packed >> (field * bits)) & ((1 << bits) - 1)
+        unsigned -= np.uint8(1 << (bits - 1))  # wraps below zero, as int8 reads it
     return torch.from_numpy(unsigned_NK.view(np.int8))
 
 
