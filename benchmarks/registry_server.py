@@ -62,24 +62,27 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def write_config(root: Path, port: int, htpasswd: Path | None) -> Path:
+def write_config(root: Path, port: int, htpasswd: Path | None, tls: tuple[Path, Path] | None = None) -> Path:
     """The registry's configuration (docs: Distribution, "Configuring a registry")."""
     root.mkdir(parents=True, exist_ok=True)
     login = f"auth: {{htpasswd: {{realm: nanokit, path: {htpasswd}}}}}\n" if htpasswd else ""
+    certificate = f", tls: {{certificate: {tls[0]}, key: {tls[1]}}}" if tls else ""
     config = root / "config.yml"
     config.write_text(
         "version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\n"
         f"storage:\n  filesystem: {{rootdirectory: {root}}}\n  delete: {{enabled: true}}\n"
-        f"http: {{addr: '127.0.0.1:{port}'}}\n{login}"
+        f"http: {{addr: '127.0.0.1:{port}'{certificate}}}\n{login}"
     )
     return config
 
 
 @contextlib.contextmanager
-def serving(root: Path, port: int = 0, htpasswd: Path | None = None) -> Iterator[str]:
-    """Run a registry while the block runs; gives HOST:PORT."""
+def serving(
+    root: Path, port: int = 0, htpasswd: Path | None = None, tls: tuple[Path, Path] | None = None
+) -> Iterator[str]:
+    """Run a registry while the block runs; gives HOST:PORT. `tls` is a certificate and its key."""
     program, port = find_registry(), port or free_port()
-    config = write_config(root, port, htpasswd)
+    config = write_config(root, port, htpasswd, tls)
     with (root / "log").open("wb") as log:
         process = subprocess.Popen([program, "serve", config], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
     try:

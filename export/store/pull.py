@@ -20,7 +20,7 @@ from export.store.check import require_same_files
 from export.store.reference import Reference, default_store
 from export.store.select import Tagged, choose
 from export.store.signing import require_signature
-from export.store.transfer import Meter, fetch, held, in_parallel
+from export.store.transfer import Meter, fetch, held, in_parallel, require_jobs
 from nano.errors import NoSpaceError, OutputExistsError, RequestError
 from nano.folder import MIB, check_output, human_bytes, is_no_space, replace_folder, require_space, sha256_file
 from nano.manifest import read_manifest
@@ -85,21 +85,31 @@ def pull_artifact(reference: Reference, out: Path, options: PullOptions) -> Pull
         OutputExistsError: something else is there.
         WorkError: the transfer broke; what came is kept for the next attempt.
     """
-    check_output(out, force=True)
+    require_jobs(options.jobs)
+    _check_out(out, options)
     store = open_store(reference, plain_http=options.plain_http)
     with store.session():
         chosen = choose(store, reference, options.profile, options.format)
         if options.key is not None:
             require_signature(store, reference.name, chosen.artifact.digest, options.key)
         wanted = _wanted(chosen.artifact, options.files)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(os.path.abspath(out))
+        place.parent.mkdir(parents=True, exist_ok=True)
         whole = not options.files
-        parts = out.absolute().with_name(out.name + ".partial") if whole else out.absolute() / ".nanokit-partial"
-        lock = out.absolute().with_name(f".{out.name}.pull-lock")
+        parts = place.with_name(place.name + ".partial") if whole else place / ".nanokit-partial"
+        lock = place.with_name(f".{place.name}.pull-lock")
         with held(lock, f"another pull into {out} is under way; waiting for it"):
             moved = (_pull_folder if whole else _pull_files)(store, chosen, wanted, out, parts, options)
     pinned = chosen.reference.at(chosen.reference.tag, chosen.artifact.digest)
     return Pulled(pinned, chosen.artifact, out, tuple(f.path for f in wanted), moved, options.key is not None)
+
+
+def _check_out(out: Path, options: PullOptions) -> None:
+    """A whole bundle replaces its folder; single files go into one that may be in use, the current one included."""
+    if not options.files:
+        check_output(out, force=True)
+    elif out.exists() and not out.is_dir():
+        raise RequestError("The output should be a folder.", found=f"a file at {out}", todo="choose another --out")
 
 
 def _wanted(artifact: Artifact, names: Sequence[str]) -> tuple[File, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from export.store.artifact import MANIFEST, Artifact, Descriptor, describe_bundle
 from export.store.backend import open_store
 from export.store.reference import Reference
-from export.store.transfer import Meter, in_parallel
+from export.store.transfer import Meter, in_parallel, require_jobs
 from nano.errors import RequestError
 from nano.folder import MIB
 from nano.progress import track
@@ -52,6 +52,7 @@ def push_bundle(bundle: Path, reference: Reference, *, jobs: int = JOBS, plain_h
     """
     if reference.digest:
         raise RequestError("A push goes to a tag; the digest follows from the bundle.", found=str(reference), todo="leave the @sha256:... out")  # noqa: E501  # fmt: skip
+    require_jobs(jobs)
     artifact, config = describe_bundle(bundle)
     store = open_store(reference, plain_http=plain_http, create=True)
     contents: dict[str, tuple[Descriptor, Path | bytes]] = {

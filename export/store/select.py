@@ -54,7 +54,7 @@ def choose(store: Store, reference: Reference, profile: str = "", format: str = 
     Args:
         store: where it is.
         reference: with a tag or a digest that one artifact; without, and with a profile or a format, the best of all.
-        profile: the name of a device profile whose measured verdict has to be a pass; "" asks for none.
+        profile: a device profile, by name or file, whose measured verdict has to be a pass; "" asks for none.
         format: "executorch" or "onnx"; "" takes either.
 
     Raises:
@@ -62,6 +62,7 @@ def choose(store: Store, reference: Reference, profile: str = "", format: str = 
         CheckFailedError: none passed on that phone; the message says why for each.
         RequestError: it has another format.
     """
+    profile = _profile_name(profile)
     if reference.tag or reference.digest or not (profile or format):
         candidates = [Tagged(reference, read_artifact(store, reference))]
     else:
@@ -77,6 +78,15 @@ def choose(store: Store, reference: Reference, profile: str = "", format: str = 
     if not passing:
         raise _none_passes(fitting, profile)
     return max(passing, key=_rank)
+
+
+def _profile_name(profile: str) -> str:
+    """What verdicts are recorded under: a profile's name, also where its file was given."""
+    if profile.endswith(".toml"):
+        from device_profiles.profile import load_profile
+
+        return load_profile(profile).name
+    return profile
 
 
 def _passes(artifact: Artifact, profile: str) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from export.store.artifact import Descriptor
 from export.store.backend import CHUNK, Advance, BrokenTransferError, Store
 from export.store.registry import ATTEMPTS, pause
-from nano.errors import WorkError
+from nano.errors import RequestError, WorkError
 from nano.folder import MIB
 from nano.progress import Track, say
 
@@ -162,6 +162,12 @@ def _write_all(file: Any, piece: bytes) -> None:
     except BaseException:
         file.truncate(end)
         raise
+
+
+def require_jobs(jobs: int) -> None:
+    """Raise RequestError unless at least one file may travel."""
+    if jobs < 1:
+        raise RequestError("Nothing can move with so few jobs.", found=f"--jobs {jobs}", expected="1 or more")
 
 
 def in_parallel(work: Callable[[_Item], None], items: Iterable[_Item], jobs: int) -> None:

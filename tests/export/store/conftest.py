@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import importlib.util
 import os
 import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -148,3 +151,15 @@ def run(*command: object, cwd: Path | None = None, **environment: str) -> subpro
         list(map(str, command)), capture_output=True, text=True, check=False, timeout=120, cwd=cwd,
         env={**os.environ, **environment},
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def running(handler: Any) -> Iterator[str]:
+    """A server in a thread; gives HOST:PORT."""
+    instance = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=instance.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"127.0.0.1:{instance.server_port}"
+    finally:
+        instance.shutdown()
+        instance.server_close()

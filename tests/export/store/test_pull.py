@@ -182,6 +182,22 @@ def test_one_file_into_a_folder_of_others(stored: Reference, bundle: Path, tmp_p
         pull_artifact(stored, assets, PullOptions(files=("model.onnx",)))
 
 
+def test_one_file_into_the_current_folder(stored: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    pull_artifact(stored, Path("."), PullOptions(files=("model.pte",)))
+    assert [p.name for p in Path(".").iterdir()] == ["model.pte"]
+    assert not list(tmp_path.glob(".*lock"))
+
+
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_jobs_are_at_least_one(stored: Reference, bundle: Path, tmp_path: Path, jobs: int) -> None:
+    with pytest.raises(RequestError, match="few jobs"):
+        pull_artifact(stored, tmp_path / "out", PullOptions(jobs=jobs))
+    with pytest.raises(RequestError, match="few jobs"):
+        push_bundle(bundle, stored, jobs=jobs)
+
+
 def test_a_link_in_the_way_is_not_followed(stored: Reference, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

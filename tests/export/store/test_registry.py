@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import http.server
-import json
-import os
 import signal
-import stat
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +20,9 @@ from export.store.manage import inspect_artifact, list_artifacts, list_tags
 from export.store.pull import PullOptions, pull_artifact
 from export.store.push import push_bundle
 from export.store.reference import Reference, parse_reference
-from nano.errors import BadFileError, RequestError, WorkError
+from nano.errors import BadFileError, WorkError
 
-from .conftest import WEIGHTS, Fault, make_bundle, run, same_files, server
+from .conftest import WEIGHTS, Fault, make_bundle, running, same_files, server
 
 IN_FLIGHT = 10_000_000
 """Bytes that may be on their way, in the buffers of two sockets, when a client is killed."""
@@ -221,197 +216,6 @@ def test_a_file_that_is_not_what_the_manifest_says_is_not_pushed(proxy: Any, rep
         inspect_artifact(reference)
 
 
-@pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A registry that wants user "phone" with password "s3cret:x"."""
-    bcrypt = "$2y$05$" + "abcdefghijklmnopqrstuuCO2PptOpuUmFLSLIzaonwQ7mmTqkWGK"
-    folder = tmp_path_factory.mktemp("locked")
-    found = run("htpasswd", "-nbB", "phone", "s3cret:x") if _has("htpasswd") else None
-    if found is None:
-        found_hash = _bcrypt("s3cret:x")
-        if found_hash is None:
-            pytest.skip("neither htpasswd nor Python's bcrypt or crypt makes a bcrypt hash here")
-        bcrypt = found_hash
-    (folder / "htpasswd").write_text(found.stdout.strip() if found else f"phone:{bcrypt}")
-    try:
-        with server.serving(folder / "data", htpasswd=folder / "htpasswd") as host:
-            yield host
-    except server.NoRegistryError as error:
-        pytest.skip(str(error))
-
-
-def _has(name: str) -> bool:
-    import shutil
-
-    return shutil.which(name) is not None
-
-
-def _bcrypt(password: str) -> str | None:
-    done = subprocess.run(["perl", "-e", 'print crypt($ARGV[0], q($2b$05$abcdefghijklmnopqrstuu))', password],
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    return done.stdout if done.stdout.startswith("$2b$") else None
-
-
-def config(folder: Path, **content: Any) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(content))
-
-
-def test_a_login_is_wanted_and_taken_from_dockers_config(locked: str, bundle: Path, tmp_path: Path) -> None:
-    reference = parse_reference(f"{locked}/team/nano:1")
-    with pytest.raises(RequestError, match="wants a login"):
-        push_bundle(bundle, reference)
-    config(tmp_path / "docker", auths={locked: {"auth": base64.b64encode(b"phone:wrong").decode()}})
-    with pytest.raises(RequestError, match="wants a login"):
-        push_bundle(bundle, reference)
-    config(tmp_path / "docker", auths={locked: {"auth": base64.b64encode(b"phone:s3cret:x").decode()}})
-    push_bundle(bundle, reference)
-    pull_artifact(reference, tmp_path / "out", PullOptions())
-    assert same_files(bundle, tmp_path / "out")
-
-
-@pytest.mark.parametrize("form", ["credHelpers", "credsStore"])
-def test_a_credential_helper_is_asked(
-    locked: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
-) -> None:
-    helper = tmp_path / "bin" / "docker-credential-vault"
-    helper.parent.mkdir()
-    helper.write_text(f'#!/bin/sh\ncat > {tmp_path}/asked\necho \'{{"Username": "phone", "Secret": "s3cret:x"}}\'\n')
-    helper.chmod(helper.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{helper.parent}:{os.environ['PATH']}")
-    config(tmp_path / "docker", **{form: {locked: "vault"} if form == "credHelpers" else "vault"})
-    push_bundle(bundle, parse_reference(f"{locked}/team/{form.lower()}:1"))
-    assert (tmp_path / "asked").read_text().strip() == locked
-
-
-def test_a_broken_config_is_named(locked: str, bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "docker").mkdir()
-    (tmp_path / "docker" / "config.json").write_text("{")
-    with pytest.raises(BadFileError, match=r"config\.json"):
-        push_bundle(bundle, parse_reference(f"{locked}/team/nano:1"))
-
-
-class _TokenServer(http.server.BaseHTTPRequestHandler):
-    """The Bearer scheme of Distribution: /token gives what /v2/ wants; each token is good for a few requests."""
-
-    protocol_version = "HTTP/1.1"
-    upstream = ""
-    issued: list[str]
-    left: dict[str, int]
-    basic: set[str]
-
-    def log_message(self, *_: Any) -> None:
-        return
-
-    def _answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def _go(self) -> None:
-        import urllib.request
-
-        if self.path.startswith("/token"):
-            self.basic.add(self.headers.get("Authorization", ""))
-            token = f"token{len(self.issued)}"
-            self.issued.append(self.path)
-            self.left[token] = 3
-            self._answer(200, {}, json.dumps({"token": token}).encode())
-            return
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if self.left.get(token, 0) < 1:
-            host = self.headers["Host"]
-            scope = 'scope="repository:x:pull"'
-            self._answer(401, {"Www-Authenticate": f'Bearer realm="http://{host}/token",service="s",{scope}'})
-            return
-        self.left[token] -= 1
-        request = urllib.request.Request(f"http://{self.upstream}{self.path}", method=self.command)
-        for name in ("Accept", "Range"):
-            if value := self.headers.get(name):
-                request.add_header(name, value)
-        with urllib.request.urlopen(request) as response:
-            self._answer(
-                response.status,
-                {k: v for k, v in response.headers.items() if k.startswith("Content-R")},
-                response.read(),
-            )
-
-    do_GET = _go
-
-
-def test_tokens_are_fetched_and_fetched_again_when_they_expire(
-    registry: str, pushed: Reference, bundle: Path, tmp_path: Path
-) -> None:
-    handler = type("Handler", (_TokenServer,), {"upstream": registry, "issued": [], "left": {}, "basic": set()})
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
-    host = f"127.0.0.1:{running.server_port}"
-    config(tmp_path / "docker", auths={host: {"auth": base64.b64encode(b"phone:pass").decode()}})
-    try:
-        pull_artifact(parse_reference(f"{host}/{pushed.name}:1.0"), tmp_path / "out", PullOptions(jobs=1))
-    finally:
-        running.shutdown()
-        running.server_close()
-    assert same_files(bundle, tmp_path / "out")
-    assert len(handler.issued) >= 2  # one was not enough for five requests
-    assert handler.basic == {"Basic " + base64.b64encode(b"phone:pass").decode()}
-
-
-class _Elsewhere(http.server.BaseHTTPRequestHandler):
-    """A registry that sends its visitors to an address of plain HTTP on another machine."""
-
-    def log_message(self, *_: Any) -> None:
-        return
-
-    def do_GET(self) -> None:
-        self.send_response(307)
-        self.send_header("Location", "http://registry.example.com/v2/")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-
-def test_plain_http_is_for_this_machine_alone(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[str] = []
-    monkeypatch.setattr("socket.getaddrinfo", lambda host, *_, **__: tried.append(str(host)) or _raise())
-    with pytest.raises(BrokenTransferError, match=r"registry\.example\.com"):
-        open_store(parse_reference("registry.example.com/team/nano:1"))
-    assert tried
-    monkeypatch.undo()
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Elsewhere)
-    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        with pytest.raises(RequestError, match=r"Plain HTTP(.|\n)*registry\.example\.com(.|\n)*--plain-http"):
-            open_store(parse_reference(f"127.0.0.1:{running.server_port}/team/nano:1"))
-    finally:
-        running.shutdown()
-        running.server_close()
-
-
-def _raise() -> Any:
-    raise OSError("no such host")
-
-
-def test_https_is_used_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    from requests.adapters import HTTPAdapter
-
-    asked: list[str] = []
-
-    def send(self: Any, request: Any, **_: Any) -> Any:
-        asked.append(request.url)
-        raise ConnectionResetError("stop here")
-
-    monkeypatch.setattr(HTTPAdapter, "send", send)
-    for plain, scheme in ((False, "https"), (True, "http")):
-        with pytest.raises(ConnectionResetError):
-            open_store(parse_reference("ghcr.io/team/nano:1"), plain_http=plain)
-        assert asked.pop() == f"{scheme}://ghcr.io/v2/"
-    with pytest.raises(ConnectionResetError):
-        open_store(parse_reference("docker.io/team/nano:1"))
-    assert asked.pop() == "https://registry-1.docker.io/v2/"
-
-
 def test_the_commands_speak_of_it(pushed: Reference, bundle: Path, tmp_path: Path, nanokit: Callable[..., Any]) -> None:
     done = nanokit("pull", pushed, "--out", tmp_path / "out", "--json").json()
     assert (done["bytes"], done["moved"], done["signed"]) == (total(bundle), total(bundle), False)
@@ -420,3 +224,88 @@ def test_the_commands_speak_of_it(pushed: Reference, bundle: Path, tmp_path: Pat
     missing = nanokit("pull", pushed.at("2.0"), "--out", tmp_path / "no")
     assert missing.status == 2
     assert "Traceback" not in missing.stderr
+
+
+class _Keeping(http.server.BaseHTTPRequestHandler):
+    """A registry, in memory, that keeps what it got of a broken upload and says how much (distribution-spec 1.1).
+
+    Blobs come from another address, as those of registries in clouds do.
+    """
+
+    protocol_version = "HTTP/1.1"
+    kept: dict[str, bytes]
+    seen: list[tuple[str, str, int]]
+    elsewhere: str
+    strangers: list[str]
+    break_after: int
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+    def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        if self.path == "/v2/":
+            self._answer(200)
+        elif "/uploads/" in self.path:
+            length = len(self.kept.get("upload", b""))
+            self._answer(204, Range=f"0-{length - 1}", Location=self.path)
+        elif self.path in self.kept:
+            self._answer(307, Location=f"http://{self.elsewhere}{self.path}")
+        else:
+            self._answer(404)
+
+    def do_HEAD(self) -> None:
+        self._answer(200 if self.path in self.kept else 404)
+
+    def do_POST(self) -> None:
+        self.kept["upload"] = b""
+        self._answer(202, Location="/v2/team/nano/blobs/uploads/one?state=a%2Fb")
+
+    def _take(self) -> bool:
+        """The body onto what is kept; breaks off once."""
+        left = int(self.headers.get("Content-Length") or 0)
+        self.seen.append((self.command, self.headers.get("Content-Range", ""), left))
+        if 0 <= self.break_after < left:
+            self.kept["upload"] += self.rfile.read(self.break_after)
+            type(self).break_after = -1
+            self.close_connection = True
+            self.connection.close()
+            return False
+        self.kept["upload"] += self.rfile.read(left)
+        return True
+
+    def do_PATCH(self) -> None:
+        if self._take():
+            self._answer(202, Location=self.path)
+
+    def do_PUT(self) -> None:
+        if "/manifests/" in self.path:
+            self.kept[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+            self._answer(201)
+        elif self._take():
+            import hashlib
+
+            data = self.kept.pop("upload")
+            digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+            right = digest[7:] in self.path and "state=a%2Fb" in self.path
+            self.kept[f"/v2/team/nano/blobs/{digest}"] = data
+            self._answer(201 if right else 400)
+
+
+def test_an_upload_goes_on_where_the_registry_says(bundle: Path) -> None:
+    handler = type("Handler", (_Keeping,), {"kept": {}, "seen": [], "break_after": 1_200_000})
+    with running(handler) as host:
+        done = push_bundle(bundle, parse_reference(f"{host}/team/nano:1"), jobs=1)
+    assert done.moved == total(bundle)
+    (broken,) = [one for one in handler.seen if one[0] == "PUT" and one[2] == WEIGHTS]
+    (rest,) = [one for one in handler.seen if one[0] == "PATCH"]
+    assert rest == ("PATCH", f"1200000-{WEIGHTS - 1}", WEIGHTS - 1_200_000)
+    assert broken[1] == ""
+    data = (bundle / "model.pte").read_bytes()
+    assert data in handler.kept.values()
