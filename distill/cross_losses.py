@@ -26,17 +26,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from distill.cross_text import Beside
-from distill.losses import CHUNK_ELEMENTS, DenseAnswers, Mix, add_cross_entropy
+from distill.losses import DenseAnswers, Mix, add_cross_entropy
 from distill.options import Divergence
 
-Cross = Literal["uld", "gold"]
+CHUNK_ELEMENTS = 1 << 20
+"""Logits of a chunk: a quarter of the plain loss's, for sorting takes several times its arrays."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class CrossAnswers:
         return self
 
     def slices(self, count: int, vocab: int) -> Iterator[slice]:
-        """Chunks that cut no span, of about as many logits as one model's chunk has."""
+        """Chunks that cut no span, of about `CHUNK_ELEMENTS` logits of the wider vocabulary."""
         last_S, first_S = self.beside.last_S, self.beside.last_S - self.beside.count_S + 1
-        length = max(16, CHUNK_ELEMENTS // max(vocab, self.vocab))
+        length = max(8, CHUNK_ELEMENTS // max(vocab, self.vocab))
         start = 0
         while start < count:
             stop = min(start + length, count)

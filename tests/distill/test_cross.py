@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import metrics
+from checks import LargestTensor, metrics
 
 from distill import cross_losses
 from distill.cross_losses import CrossAnswers, Shared, earlier_positions
@@ -236,6 +236,26 @@ def test_losses_and_gradients_are_the_formulas(
         assert loss.item() == pytest.approx(slow.item(), rel=1e-12)
         for found, slowly in zip(torch.autograd.grad(loss, inputs), wanted, strict=True):
             torch.testing.assert_close(found, slowly, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("cross", ["uld", "gold"])
+def test_full_logits_never_exist(
+    cross: str, stories: Path, student: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, other, read = read_both(student, stories, text)
+    batch = make_batch(read.rows, slice(0, 24))
+    beside = batch.beside
+    assert beside is not None
+    monkeypatch.setattr(cross_losses, "CHUNK_ELEMENTS", 40 * own.size)
+    hidden, head = torch.randn(len(batch.target_N), 8, requires_grad=True), torch.randn(own.size, 8, requires_grad=True)
+    matched = match_vocabularies(own, other)
+    shared = Shared(*map(torch.from_numpy, vars(matched).values())) if cross == "gold" else None
+    answers = answers_of(torch.randn(len(beside.batch.target_N), 8), torch.randn(other.size, 8), batch, shared, 1.0)
+    with LargestTensor() as seen:
+        loss, _ = distillation_loss(hidden, head, answers, batch.target_N, Mix(0.1, 0.1))
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert len(batch.target_N) > 1200
+    assert seen.elements <= (40 + LONGEST_SPAN) * own.size
 
 
 @pytest.mark.parametrize("cross", ["uld", "gold"])

@@ -6,12 +6,11 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from checks import LargestTensor
 
 from distill import losses
 from distill.data import NO_TARGET
@@ -158,19 +157,6 @@ def test_bfloat16_products_stay_near() -> None:
     assert exact.grad is not None
     assert near.grad is not None
     assert F.cosine_similarity(exact.grad.flatten(), near.grad.flatten(), dim=0) > 0.999
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches every tensor that an operation gives while the block runs."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(one, torch.Tensor):
-                self.elements = max(self.elements, one.numel())
-        return out
 
 
 def test_full_logits_never_exist() -> None:
