@@ -9,6 +9,20 @@ from cyclopts import Parameter
 
 Negative = Parameter(negative="")
 Flag = Annotated[bool, Negative]
+Store = Annotated[
+    Path | None,
+    Parameter(
+        help="The local store, an OCI layout folder. Without it $NANOKIT_STORE, or ~/.local/share/nanokit/store."
+    ),
+]
+PlainHttp = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        help="Talk to a registry without encryption; to this machine itself that needs no flag.",
+    ),
+]
+Json = Annotated[bool, Parameter(negative="", help="Print one JSON object.")]
 
 
 def push(
@@ -16,10 +30,10 @@ def push(
     reference: str,
     /,
     *,
-    store: Path | None = None,
+    store: Store = None,
     jobs: int = 4,
-    plain_http: Flag = False,
-    json: Flag = False,
+    plain_http: PlainHttp = False,
+    json: Json = False,
 ) -> int:
     """Put a bundle into a store as an OCI artifact; files that the store has already do not travel again.
 
@@ -30,14 +44,8 @@ def push(
     reference
         Where to: NAME:TAG in the local store, oci:FOLDER:NAME:TAG, or HOST/NAME:TAG in a registry, with the login that
         docker's config has.
-    store
-        The local store, an OCI layout folder; $NANOKIT_STORE or ~/.local/share/nanokit/store where it is not given.
     jobs
         Files sent at the same time.
-    plain_http
-        Talk to a registry without encryption; to this machine itself that needs no flag.
-    json
-        Print one JSON object.
     """
     from export.store.push import push_bundle
     from export.store.reference import parse_reference
@@ -60,13 +68,13 @@ def pull(
     out: Path | None = None,
     profile: Annotated[str, Parameter(name="--for")] = "",
     format: Literal["executorch", "onnx"] | None = None,
-    file: list[str] | None = None,
+    file: Annotated[list[str] | None, Negative] = None,
     require_signature: Path | None = None,
-    store: Path | None = None,
+    store: Store = None,
     jobs: int = 4,
-    plain_http: Flag = False,
+    plain_http: PlainHttp = False,
     force: Flag = False,
-    json: Flag = False,
+    json: Json = False,
 ) -> int:
     """Bring an artifact into a folder, whole and checked, or not at all; an interrupted pull goes on where it stopped.
 
@@ -86,16 +94,10 @@ def pull(
         Fetch this file of the artifact alone, for instance model.pte; may be repeated.
     require_signature
         A public key (PEM, as cosign writes it); refuse an artifact that it has not signed.
-    store
-        The local store, an OCI layout folder; $NANOKIT_STORE or ~/.local/share/nanokit/store where it is not given.
     jobs
         Files fetched at the same time.
-    plain_http
-        Talk to a registry without encryption; to this machine itself that needs no flag.
     force
         Replace what is there once the new files are complete.
-    json
-        Print one JSON object.
     """
     from export.store.pull import PullOptions, pull_artifact
     from export.store.reference import parse_reference
@@ -119,9 +121,9 @@ def ls(
     reference: str | None = None,
     /,
     *,
-    store: Path | None = None,
-    plain_http: Flag = False,
-    json: Flag = False,
+    store: Store = None,
+    plain_http: PlainHttp = False,
+    json: Json = False,
 ) -> int:
     """List the artifacts of the local store, or of one name there or in a registry.
 
@@ -129,12 +131,6 @@ def ls(
     ----------
     reference
         A name: NAME, oci:FOLDER:NAME or HOST/NAME. All of the local store where it is not given.
-    store
-        The local store, an OCI layout folder; $NANOKIT_STORE or ~/.local/share/nanokit/store where it is not given.
-    plain_http
-        Talk to a registry without encryption; to this machine itself that needs no flag.
-    json
-        Print one JSON object.
     """
     from export.store.manage import list_artifacts, list_store
     from export.store.reference import default_store, parse_reference
@@ -156,9 +152,9 @@ def inspect(
     reference: str,
     /,
     *,
-    store: Path | None = None,
-    plain_http: Flag = False,
-    json: Flag = False,
+    store: Store = None,
+    plain_http: PlainHttp = False,
+    json: Json = False,
 ) -> int:
     """Show what a store says of one artifact: files, digests, verdicts, signatures.
 
@@ -166,12 +162,6 @@ def inspect(
     ----------
     reference
         NAME:TAG, NAME@sha256:..., oci:FOLDER:NAME:TAG or HOST/NAME:TAG.
-    store
-        The local store, an OCI layout folder; $NANOKIT_STORE or ~/.local/share/nanokit/store where it is not given.
-    plain_http
-        Talk to a registry without encryption; to this machine itself that needs no flag.
-    json
-        Print one JSON object.
     """
     from dataclasses import asdict
 
@@ -193,9 +183,9 @@ def tags(
     reference: str,
     /,
     *,
-    store: Path | None = None,
-    plain_http: Flag = False,
-    json: Flag = False,
+    store: Store = None,
+    plain_http: PlainHttp = False,
+    json: Json = False,
 ) -> int:
     """List the tags of a name, one a line.
 
@@ -203,12 +193,6 @@ def tags(
     ----------
     reference
         NAME, oci:FOLDER:NAME or HOST/NAME.
-    store
-        The local store, an OCI layout folder; $NANOKIT_STORE or ~/.local/share/nanokit/store where it is not given.
-    plain_http
-        Talk to a registry without encryption; to this machine itself that needs no flag.
-    json
-        Print one JSON object.
     """
     from export.store.manage import list_tags
     from export.store.reference import parse_reference
@@ -222,17 +206,13 @@ def tags(
     return 0
 
 
-def rm(reference: str, /, *, store: Path | None = None, json: Flag = False) -> int:
+def rm(reference: str, /, *, store: Store = None, json: Json = False) -> int:
     """Take a tag out of a local store; its files go with nanokit gc.
 
     Parameters
     ----------
     reference
         NAME:TAG for that tag, NAME@sha256:... for every tag of that artifact.
-    store
-        The local store, an OCI layout folder; $NANOKIT_STORE or ~/.local/share/nanokit/store where it is not given.
-    json
-        Print one JSON object.
     """
     from export.store.manage import remove
     from export.store.reference import parse_reference
@@ -247,17 +227,13 @@ def rm(reference: str, /, *, store: Path | None = None, json: Flag = False) -> i
     return 0
 
 
-def gc(*, store: Path | None = None, dry_run: Flag = False, json: Flag = False) -> int:
+def gc(*, store: Store = None, dry_run: Flag = False, json: Json = False) -> int:
     """Delete the files of a local store that no tag leads to.
 
     Parameters
     ----------
-    store
-        The local store, an OCI layout folder; $NANOKIT_STORE or ~/.local/share/nanokit/store where it is not given.
     dry_run
         Only say how much would go.
-    json
-        Print one JSON object.
     """
     from export.store.manage import collect_garbage
     from export.store.reference import default_store
@@ -277,9 +253,9 @@ def sign(
     /,
     *,
     key: Path,
-    store: Path | None = None,
-    plain_http: Flag = False,
-    json: Flag = False,
+    store: Store = None,
+    plain_http: PlainHttp = False,
+    json: Json = False,
 ) -> int:
     """Sign an artifact with an ECDSA P-256 key, in the form in which cosign stores and verifies signatures.
 
@@ -289,12 +265,6 @@ def sign(
         NAME:TAG, NAME@sha256:..., oci:FOLDER:NAME:TAG or HOST/NAME:TAG.
     key
         A private key in PEM, from nanokit keygen or openssl; its password, if it has one, in $NANOKIT_KEY_PASSWORD.
-    store
-        The local store, an OCI layout folder; $NANOKIT_STORE or ~/.local/share/nanokit/store where it is not given.
-    plain_http
-        Talk to a registry without encryption; to this machine itself that needs no flag.
-    json
-        Print one JSON object.
     """
     from export.store.backend import open_store, read_artifact
     from export.store.reference import parse_reference
@@ -314,15 +284,13 @@ def sign(
     return 0
 
 
-def keygen(name: Path, /, *, json: Flag = False) -> int:
+def keygen(name: Path, /, *, json: Json = False) -> int:
     """Make an ECDSA P-256 key pair: NAME.key to sign with, NAME.pub to give away.
 
     Parameters
     ----------
     name
         Path without ending. Where $NANOKIT_KEY_PASSWORD is set, the private key is encrypted with it.
-    json
-        Print one JSON object.
     """
     from export.store.signing import make_keys
     from nano.progress import emit_json
@@ -341,9 +309,9 @@ def catalog(
     *,
     out: Path,
     title: str = "Model artifacts",
-    plain_http: Flag = False,
+    plain_http: PlainHttp = False,
     force: Flag = False,
-    json: Flag = False,
+    json: Json = False,
 ) -> int:
     """Make a static page of a store's artifacts: which phones they passed on, size, speed, capabilities, how to pull.
 
@@ -356,12 +324,8 @@ def catalog(
         The folder to make; its index.html needs no server and loads nothing.
     title
         The page's heading.
-    plain_http
-        Talk to a registry without encryption; to this machine itself that needs no flag.
     force
         Replace an existing folder.
-    json
-        Print one JSON object.
     """
     from export.store.catalog import write_catalog
     from nano.progress import emit_json

@@ -72,7 +72,11 @@ def inspection_tables(found: dict[str, Any]) -> list[Table]:
         ("signatures", str(found["signatures"])),
     ]
     for name, verdict in sorted(facts.verdicts.items()):
-        speed = f", {verdict.tokens_per_second:.3g} tokens/s where it was measured" if verdict.tokens_per_second else ""
+        speed = (
+            f", {verdict.tokens_per_second:.3g} tokens/s where it was measured"
+            if verdict.passed and verdict.tokens_per_second
+            else ""
+        )
         wrote = f", {human_bytes(verdict.peak_bytes)} written at most" if verdict.peak_bytes else ""
         said = "passed" if verdict.passed else verdict.reason or "failed"
         rows.append((f"on {name}", f"{said} at context {verdict.context:,}{wrote}{speed}"))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from device_profiles.measure import Measurement, Phase
 from export.store.artifact import MAX_MANIFEST, describe_bundle, parse_artifact
-from export.store.facts import PREFIX, read_facts
+from export.store.facts import PREFIX, Verdict, read_facts
 from nano.errors import BadFileError
 from nano.manifest import Manifest, write_manifest
 
@@ -83,6 +85,22 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert facts.verdicts["low-end"].peak_bytes == 700 << 20
     assert facts.scorecard == {"facts": 0.9, "reasoning": 0.5}
     assert facts.score == pytest.approx(0.7)
+
+
+def test_the_gates_own_record_is_read(tmp_path: Path) -> None:
+    """Field by field what `device_profiles.gate.record` writes of a measurement."""
+    decode = Phase("decode", 16, 0.5, {}, peak_anonymous=900 << 20)
+    lived = Measurement(
+        cap="rlimit", limit=None, dirty_limit=None, base=300 << 20, context=2048, prefilled=2032,
+        phases=(Phase("load", 1, 0.1, {}, 0), decode), died=None, killer="", samples={}, mapped_bytes=1 << 30,
+    )  # fmt: skip
+    killed = replace(lived, phases=(Phase("prefill", 128, None, {}, 700 << 20),), died="prefill", killer="the watcher")
+    checks = {
+        f"{name}@2048": {"fits": one.fits, "measured": one.as_dict()} for name, one in (("a", lived), ("b", killed))
+    }
+    verdicts = describe_bundle(make_bundle(tmp_path / "b", results={"checks": checks}))[0].facts.verdicts
+    assert verdicts["a"] == Verdict(True, 2048, 600 << 20, 32.0)
+    assert verdicts["b"] == Verdict(False, 2048, 400 << 20, 0.0, "killed in the phase 'prefill'")
 
 
 def test_a_forecast_is_no_verdict(tmp_path: Path) -> None:
