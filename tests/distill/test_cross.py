@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import LargestTensor, metrics
+from checks import LargestTensor, metrics, same_bits
 
 from distill import cross_losses
 from distill.cross_losses import CrossAnswers, Shared, earlier_positions
@@ -25,6 +25,7 @@ from distill.losses import DenseAnswers, Mix, distillation_loss
 from distill.options import DistillOptions
 from distill.packing import View
 from distill.run import run_distill, run_distill_many
+from distill.state import StateFolder
 from distill.text import Other, Text, load_text
 from nano.corpus import read_documents
 from nano.errors import RequestError, UnsupportedError
@@ -320,6 +321,27 @@ def test_a_student_of_another_tokenizer_is_trained(
     assert f"{cross.upper()} {held['start'][cross]:.4f}" in capsys.readouterr().err
     assert load_tokenizer(tmp_path / "s").encode("Once upon") == load_tokenizer(student).encode("Once upon")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "s", local_files_only=True).config.vocab_size == 608
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(
+    stories: Path, student: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(OPTIONS, steps=4, length=32, eval_tokens=128, save_every=1)
+    real = StateFolder.note
+
+    def note(state: StateFolder, record: dict[str, Any]) -> None:
+        real(state, record)
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+
+    run_distill(stories, str(student), [text], tmp_path / "whole", options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StateFolder, "note", note)
+        run_distill(stories, str(student), [text], tmp_path / "s", options)
+    assert not (tmp_path / "s").exists()
+    run_distill(stories, str(student), [text], tmp_path / "s", options, resume=True)
+    assert same_bits(tmp_path / "s", tmp_path / "whole")
+    assert metrics(tmp_path / "s") == metrics(tmp_path / "whole")
 
 
 def test_the_teachers_loss_is_said_by_the_students_tokens(stories: Path, student: Path, text: Path, tmp_path: Path) -> None:  # noqa: E501  # fmt: skip
