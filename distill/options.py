@@ -49,7 +49,8 @@ class DistillOptions:
             Jensen-Shannon divergence; "skew" and "skew-reverse" are KL from teacher or student to their mixture.
         beta: the teacher's share in that mixture; 0 means 0.5 for jsd and 0.1 for skew and skew-reverse.
         cross_tokenizer: for a student (a folder) whose tokenizer is not its teacher's: "gold" compares tokens that
-            both have by the divergence and the others by their sorted probabilities, "uld" all by the latter.
+            both have by the divergence and the others by their sorted probabilities, "uld" all by the latter. Give
+            the text more weight than with one tokenizer: --kd 0.5.
         match: weight of matching the outputs of the student's layers, through a learned projection, to those of
             the teacher's layers they came from; 0 does not.
         on_policy: share of sequences that the student continues itself, scored by the teacher; 0 trains on text only.
