@@ -100,32 +100,48 @@ def rates(host: str, bundle: Path, work: Path, repeats: int) -> dict[str, list[f
         "pull_artifact(parse_reference(sys.argv[1]), Path(sys.argv[2]), PullOptions(files=('model.pte',)))\n"
         "print(time.perf_counter() - start)"
     )
+    url, reference, out = f"http://{host}/v2/team/big/blobs/{digest}", f"{host}/team/big:1", work / "pulled"
     found: dict[str, list[float]] = {"curl": [], "pull": [], "whole command": []}
     for _ in range(repeats):
-        url = f"http://{host}/v2/team/big/blobs/{digest}"
+        curl = ["curl", "-sS", "-o", work / "curl", "-w", "%{time_total}", url]
+        found["curl"].append(float(subprocess.run(curl, capture_output=True, check=True).stdout))
+        ours = [sys.executable, "-c", script, reference, str(out)]
         done = subprocess.run(
-            ["curl", "-sS", "-o", work / "curl", "-w", "%{time_total}", url], capture_output=True, check=True
+            ours, capture_output=True, check=True, env={**os.environ, "NANOKIT_STORE": "/nonexistent"}
         )
-        found["curl"].append(float(done.stdout))
-        out = work / "pulled"
-        environment = {**os.environ, "NANOKIT_STORE": "/nonexistent"}
-        arguments = [sys.executable, "-c", script, f"{host}/team/big:1", str(out)]
-        done = subprocess.run(arguments, capture_output=True, check=True, env=environment)
         found["pull"].append(float(done.stdout))
         shutil.rmtree(out)
         started = time.perf_counter()
-        assert command("pull", f"{host}/team/big:1", "--out", out, "--file", "model.pte").wait() == 0
+        assert command("pull", reference, "--out", out, "--file", "model.pte").wait() == 0
         found["whole command"].append(time.perf_counter() - started)
         shutil.rmtree(out)
     return found
 
 
-def peak(*arguments: object) -> int:
-    """The most memory (RSS) that a command took, in bytes."""
-    process = command(*arguments)
+def used(process: subprocess.Popen[bytes]) -> tuple[int, float]:
+    """The most memory (RSS, bytes) and the processor time (user and system, seconds) that a command took."""
     _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, arguments
-    return usage.ru_maxrss * 1024
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, process.args
+    return usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
+
+
+def processor(host: str, bundle: Path, work: Path, repeats: int) -> dict[str, float]:
+    """Median processor seconds of each step: what is left of the comparison on a machine that others use too."""
+    artifact, _ = describe_bundle(bundle)
+    digest = next(file.blob.digest for file in artifact.files if file.path == "model.pte")
+    reference, out = f"{host}/team/big:1", work / "pulled"
+    curl = ["curl", "-sS", "-o", str(work / "curl"), f"http://{host}/v2/team/big/blobs/{digest}"]
+    found: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        found.setdefault("curl", []).append(used(subprocess.Popen(curl))[1])
+        pull = command("pull", reference, "--out", out, "--file", "model.pte")
+        found.setdefault("nanokit pull", []).append(used(pull)[1])
+        shutil.rmtree(out)
+        found.setdefault("nanokit inspect: the same without the file", []).append(
+            used(command("inspect", reference))[1]
+        )
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 def memory(host: str, work: Path, sizes: list[int]) -> list[tuple[int, int, int]]:
@@ -134,7 +150,9 @@ def memory(host: str, work: Path, sizes: list[int]) -> list[tuple[int, int, int]
     for megabytes in sizes:
         bundle, out = make_bundle(work / f"size{megabytes}", megabytes), work / "sized"
         reference = f"{host}/team/size{megabytes}:1"
-        rows.append((megabytes, peak("push", bundle, reference), peak("pull", reference, "--out", out)))
+        rows.append(
+            (megabytes, used(command("push", bundle, reference))[0], used(command("pull", reference, "--out", out))[0])
+        )
         shutil.rmtree(bundle)
         shutil.rmtree(out)
     return rows
@@ -154,13 +172,13 @@ def fill(store: Path, bundle: Path, count: int) -> None:
         raw.append(payload)
 
 
-def list_seconds(store: Path) -> list[float]:
-    """Seconds of `nanokit ls` on it, the interpreter's start included."""
+def list_seconds(store: Path) -> list[tuple[float, float]]:
+    """Seconds of `nanokit ls` on it, and its processor seconds; the interpreter's start included."""
     found = []
     for _ in range(5):
         started = time.perf_counter()
-        assert command("ls", "--store", store).wait() == 0
-        found.append(time.perf_counter() - started)
+        _, processor_seconds = used(command("ls", "--store", store))
+        found.append((time.perf_counter() - started, processor_seconds))
     return found
 
 
@@ -171,30 +189,37 @@ def workplace() -> Iterator[Path]:
         yield Path(folder)
 
 
-def report(rows: list[dict[str, Any]], megabytes: int, timed: dict[str, list[float]],
-           peaks: list[tuple[int, int, int]], listed: list[float]) -> str:  # fmt: skip
+def report(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    lines = ["# Push and pull, measured", "", "`python benchmarks/registry.py`; docker-registry "
-             f"{_version()} on loopback, {os.cpu_count()} cores.", "",
-             f"## {len(rows)} interrupted pulls of {megabytes} MB at random bytes", "",
-             "| interrupted by | pulls | whole after one retry | bytes moved in all, median | worst |", "|---|--:|--:|--:|--:|"]  # noqa: E501  # fmt: skip
+    rows, megabytes, timed = figures["interrupted"], figures["megabytes"], figures["seconds"]
+    lines = [
+        "# Push and pull, measured", "",
+        f"`python benchmarks/registry.py`; docker-registry {_version()} on loopback, {os.cpu_count()} cores, load average "
+        f"{figures['load'][0]:.1f} at the start and {figures['load'][1]:.1f} at the end: others used them too.", "",
+        f"## {len(rows)} pulls of {megabytes} MB, each interrupted at a random byte", "",
+        "| interrupted by | pulls | whole after one retry | bytes moved in all, median | worst |", "|---|--:|--:|--:|--:|",
+    ]  # fmt: skip
     for how in ("SIGKILL", "network"):
         mine = [row for row in rows if row["how"] == how]
         ratios = [row["ratio"] for row in mine]
+        good = sum(row["ok"] for row in mine)
         if mine:
-            lines.append(f"| {how} | {len(mine)} | {sum(row['ok'] for row in mine)} | "
-                         f"{statistics.median(ratios):.3f} | {max(ratios):.3f} |")  # fmt: skip
+            lines.append(f"| {how} | {len(mine)} | {good} | {statistics.median(ratios):.3f} | {max(ratios):.3f} |")
     lines += ["", "Bytes as a share of the bundle's, counted by a proxy in front of the registry.", "",
-              f"## Rate of one {megabytes} MB file", "", "| | median | best |", "|---|--:|--:|"]  # fmt: skip
+              f"## One {megabytes} MB file", "", "| | median | best |", "|---|--:|--:|"]  # fmt: skip
     for name, seconds in timed.items():
-        lines.append(f"| {name} | {megabytes / statistics.median(seconds):.0f} MB/s | {megabytes / min(seconds):.0f} MB/s |")  # noqa: E501  # fmt: skip
-    ratio = statistics.median(timed["curl"]) / statistics.median(timed["pull"])
-    lines += ["", f"pull / curl: {ratio:.2f} of the medians, {min(timed['curl']) / min(timed['pull']):.2f} of the best. "  # noqa: E501
-              "A pull checks sha256, curl does not; the whole command has Python's start in it.", "",
-              "## Peak memory (RSS)", "", "| bundle | push | pull |", "|--:|--:|--:|"]  # fmt: skip
-    lines += [f"| {size:,} MB | {up / MB:.0f} MB | {down / MB:.0f} MB |" for size, up, down in peaks]
-    lines += ["", "## `nanokit ls` on 1,000 artifacts", "",
-              f"{statistics.median(listed):.2f} s median of {len(listed)}, Python's start included.", ""]  # fmt: skip
+        median, best = megabytes / statistics.median(seconds), megabytes / min(seconds)
+        lines.append(f"| {name} | {median:.0f} MB/s | {best:.0f} MB/s |")
+    medians = statistics.median(timed["curl"]) / statistics.median(timed["pull"])
+    lines += ["", f"pull / curl: {medians:.2f} of the medians, {min(timed['curl']) / min(timed['pull']):.2f} of the best. A "
+              "pull checks sha256, curl does not; the whole command has Python's start in it.", "",
+              "| | processor seconds |", "|---|--:|"]  # fmt: skip
+    lines += [f"| {name} | {seconds:.2f} |" for name, seconds in figures["processor"].items()]
+    lines += ["", "## Peak memory (RSS)", "", "| bundle | push | pull |", "|--:|--:|--:|"]
+    lines += [f"| {size:,} MB | {up / MB:.0f} MB | {down / MB:.0f} MB |" for size, up, down in figures["memory"]]
+    elapsed, busy = (statistics.median(column) for column in zip(*figures["ls"], strict=True))
+    lines += ["", f"## `nanokit ls` on {figures['artifacts']:,} artifacts", "",
+              f"{elapsed:.2f} s, {busy:.2f} s of them processor time; Python's start included.", ""]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -213,17 +238,19 @@ def main() -> None:
     parser.add_argument("--artifacts", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     with workplace() as work, serving(work / "registry") as host:
         bundle = make_bundle(work / "bundle", arguments.megabytes)
         push_bundle(bundle, parse_reference(f"{host}/team/big:1"))
-        timed = rates(host, bundle, work, 7)
-        peaks = memory(host, work, sorted({20, arguments.megabytes, arguments.largest}))
-        small = make_bundle(work / "small", 1)
-        fill(work / "store", small, arguments.artifacts)
-        listed = list_seconds(work / "store")
+        figures: dict[str, Any] = {"megabytes": arguments.megabytes, "artifacts": arguments.artifacts}
+        figures["seconds"] = rates(host, bundle, work, 7)
+        figures["processor"] = processor(host, bundle, work, 3)
+        figures["memory"] = memory(host, work, sorted({20, arguments.megabytes, arguments.largest}))
+        fill(work / "store", make_bundle(work / "small", 1), arguments.artifacts)
+        figures["ls"] = list_seconds(work / "store")
         with faulty(host) as proxy:
-            rows = interrupted(proxy, bundle, work, arguments.interrupted, arguments.seed)
-    text = report(rows, arguments.megabytes, timed, peaks, listed)
+            figures["interrupted"] = interrupted(proxy, bundle, work, arguments.interrupted, arguments.seed)
+    text = report({**figures, "load": (load, os.getloadavg()[0])})
     print(text)
     if (arguments.interrupted, arguments.megabytes, arguments.largest, arguments.artifacts) == (50, 200, 2000, 1000):
         (HERE / "registry.md").write_text(text)
