@@ -194,10 +194,11 @@ def report(figures: dict[str, Any]) -> str:
     rows, megabytes, timed = figures["interrupted"], figures["megabytes"], figures["seconds"]
     lines = [
         "# Push and pull, measured", "",
-        f"`python benchmarks/registry.py`; docker-registry {_version()} on loopback, {os.cpu_count()} cores, load average "
-        f"{figures['load'][0]:.1f} at the start and {figures['load'][1]:.1f} at the end: others used them too.", "",
+        f"`python benchmarks/registry.py`; docker-registry {_version()} on loopback, {os.cpu_count()} cores, load",
+        f"average {figures['load'][0]:.1f} at the start and {figures['load'][1]:.1f} at the end: others used them too.", "",
         f"## {len(rows)} pulls of {megabytes} MB, each interrupted at a random byte", "",
-        "| interrupted by | pulls | whole after one retry | bytes moved in all, median | worst |", "|---|--:|--:|--:|--:|",
+        "| interrupted by | pulls | whole after one retry | bytes moved in all, median | worst |",
+        "|---|--:|--:|--:|--:|",
     ]  # fmt: skip
     for how in ("SIGKILL", "network"):
         mine = [row for row in rows if row["how"] == how]
@@ -211,8 +212,9 @@ def report(figures: dict[str, Any]) -> str:
         median, best = megabytes / statistics.median(seconds), megabytes / min(seconds)
         lines.append(f"| {name} | {median:.0f} MB/s | {best:.0f} MB/s |")
     medians = statistics.median(timed["curl"]) / statistics.median(timed["pull"])
-    lines += ["", f"pull / curl: {medians:.2f} of the medians, {min(timed['curl']) / min(timed['pull']):.2f} of the best. A "
-              "pull checks sha256, curl does not; the whole command has Python's start in it.", "",
+    best = min(timed["curl"]) / min(timed["pull"])
+    lines += ["", f"pull / curl: {medians:.2f} of the medians, {best:.2f} of the best. A pull checks sha256, curl does",
+              "not; the whole command has Python's start in it.", "",
               "| | processor seconds |", "|---|--:|"]  # fmt: skip
     lines += [f"| {name} | {seconds:.2f} |" for name, seconds in figures["processor"].items()]
     lines += ["", "## Peak memory (RSS)", "", "| bundle | push | pull |", "|--:|--:|--:|"]
