@@ -195,7 +195,7 @@ def report(figures: dict[str, Any]) -> str:
     lines = [
         "# Push and pull, measured", "",
         f"`python benchmarks/registry.py`; docker-registry {_version()} on loopback, {os.cpu_count()} cores, load",
-        f"average {figures['load'][0]:.1f} at the start and {figures['load'][1]:.1f} at the end: others used them too.", "",
+        f"average {figures['load'][0]:.1f} at the start and {figures['load'][1]:.1f} at the end: others used them.", "",
         f"## {len(rows)} pulls of {megabytes} MB, each interrupted at a random byte", "",
         "| interrupted by | pulls | whole after one retry | bytes moved in all, median | worst |",
         "|---|--:|--:|--:|--:|",
