@@ -1,4 +1,4 @@
-"""The virtual environments in which the peers of benchmarks/quantization.py run: one each, with a CPU-only torch.
+"""The virtual environments in which the peers of the comparing benchmarks run: one each, with a CPU-only torch.
 
 Versions are those that the runners in benchmarks/peers were written against.
 """
@@ -19,6 +19,8 @@ PACKAGES = {
     "auto-round": ("auto-round==0.16.1",),
     "llm-compressor": ("llmcompressor==0.14.*",),
     "gptqmodel": ("gptqmodel==7.6.0",),
+    "trl": ("trl==1.16.*", "transformers==5.23.0", "accelerate>=1.10", "datasets>=4"),
+    "modelopt": ("nvidia-modelopt==0.47.*", "transformers==5.23.0", "accelerate>=1.10", "requests"),
 }
 """What each environment holds besides torch."""
 

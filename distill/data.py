@@ -90,6 +90,7 @@ class Batch:
         whole: every row is one segment, so plain causal attention is right.
         idle: it counts for nothing: a process goes along with it where others have rows left and it has none.
         beside: the same text in the teacher's tokens, where its tokenizer is another.
+        rows: the rows' numbers; None where they are no text of the run's.
     """
 
     ids_BT: torch.Tensor
@@ -99,6 +100,7 @@ class Batch:
     whole: bool
     idle: bool = False
     beside: Beside | None = None
+    rows: npt.NDArray[np.int64] | None = None
 
     @property
     def targets(self) -> int:

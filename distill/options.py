@@ -71,6 +71,8 @@ class DistillOptions:
         eval_tokens: at most so many held-out tokens are measured.
         eval_every: steps between measurements; 0 measures only before and after training.
         calibration_tokens: training text that importance is measured on.
+        remember: gigabytes of disk, at most, for what a live teacher saw of rows that come again in later passes over
+            the text, so that it reads each once; 0 asks it anew every time. The answers are the same.
         save_every: steps between checkpoints; 0 means every two minutes (and always when interrupted).
         keep: the weights that become the student: "last", or "best" on held-out text, measured every `eval_every`.
         curves: draw curves.png at the end.
@@ -111,6 +113,7 @@ class DistillOptions:
     eval_tokens: int = 16384
     eval_every: int = 0
     calibration_tokens: int = 32768
+    remember: float = 8.0
     save_every: int = 0
     keep: Literal["last", "best"] = "last"
     curves: bool = True
@@ -125,6 +128,7 @@ class DistillOptions:
             ("match", 0, 1e6), ("on_policy", 0, 1), ("prompt", 1, math.inf), ("seed", 0, 2**63),
             ("held_out", 1e-4, 0.9), ("eval_tokens", 64, math.inf), ("eval_every", 0, math.inf),
             ("calibration_tokens", 64, math.inf), ("save_every", 0, math.inf), ("heal", 0, 0.95),
+            ("remember", 0, 1e6),
             *((("rounds", 1, 16),) if self.rounds != "auto" else ()),
         ))  # fmt: skip
         if self.beta == 1 or (self.beta and self.divergence not in DEFAULT_BETA):

@@ -311,7 +311,7 @@ def _micro_batches(run: Training, order: RowNumbers) -> Iterator[Batch]:
     parts = list(_portions(order[world.rank :: world.size], run.options))
     most = len(list(_portions(order[:: world.size], run.options)))
     for part in parts:
-        yield make_batch(run.rows, part, run.device)
+        yield replace(make_batch(run.rows, part, run.device), rows=part)
     for _ in range(most - len(parts)):
         yield replace(make_batch(run.rows, order[:1], run.device), idle=True)
 

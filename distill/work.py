@@ -25,6 +25,7 @@ from distill.models import load_weights, new_model
 from distill.optimizer import check_means
 from distill.options import BEFORE, measure_of
 from distill.parallel import ALONE, World
+from distill.remembered import remembering
 from distill.report import write_report
 from distill.request import Job
 from distill.sharded import SharedTeacher, shard, whole
@@ -74,6 +75,8 @@ def work(assignments: Sequence[Assignment], force: bool, world: World = ALONE) -
     if job.options.steps:
         watched = sorted({layer for pupil in pupils if pupil.matcher for layer in pupil.matcher.layers})
         source = _source(job, teacher, tuple(watched))
+        if isinstance(source, LiveTeacher) and world.size == 1:
+            source = remembering(source, job.rows, job.options, assignments[0].state.folder, device)
         train(Training(pupils, source, job.rows, job.options, device, job.endings, world))
     made = []
     for assignment, pupil in zip(assignments, pupils, strict=True):

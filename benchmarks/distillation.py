@@ -1,0 +1,378 @@
+"""Distil by nanokit and by its peers, side by side: tokens per CPU second, memory, and quality at equal time.
+
+    python benchmarks/distillation.py --install --envs ENVS                       # once: the peers' environments
+    python benchmarks/distillation.py --teacher stories260K --data tinystories.jsonl --envs ENVS --repeat 3 --write
+
+Cases (choose with --cases):
+
+- windows: a random Llama of 30 M, a student of 5 M, batches of 4 windows of 256 tokens without padding, float32.
+- passes: the same, three passes over a text (three epochs are the default of TRL's trainer).
+- vocabulary: a vocabulary of 131,072, small widths, batches of 2 windows.
+- quality: TEACHER, a student of 130,000 parameters, everyone trained for the same CPU seconds on the same stories;
+  nanokit's include its cut. Peers get packed windows, the same peak learning rate and schedule, and two starts: the
+  weights that nanokit cut, and random ones. Scored by one process on stories that nobody saw.
+
+Each tool runs in a process and an environment of its own, on one thread, one after another, in turns. CPU seconds
+(user and system) are of the training alone, models in memory before it; the peak resident size is the process's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.environments import TORCH_INDEX, install, interpreter  # noqa: E402
+from benchmarks.quantization import environment_of, machine  # noqa: E402
+from nano.folder import write_text_atomically  # noqa: E402
+
+CASES = ("windows", "passes", "vocabulary", "quality")
+TOOLS = {"plain": None, "trl": "trl", "modelopt": "modelopt", "nanokit": None}
+"""Each tool's environment; None is the Python that runs this."""
+
+LABELS = {"plain": "plain torch loop", "trl": "TRL GKD", "modelopt": "ModelOpt", "nanokit": "nanokit"}
+RESULTS = HERE / "distillation.json"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A case of throughput.
+
+    Attributes:
+        teacher, student: (D, F, layers, heads) of a random Llama.
+        vocab: V.
+        batch: windows a step.
+        passes: over the text.
+        steps: all of them.
+        title: what the note says.
+    """
+
+    teacher: tuple[int, int, int, int]
+    student: tuple[int, int, int, int]
+    vocab: int
+    batch: int
+    passes: int
+    steps: int
+    title: str
+
+
+SMALL = ((512, 1472, 9, 8), (256, 704, 6, 4), 512, 4)
+SETTINGS = {
+    "windows": Setting(*SMALL, passes=1, steps=8, title="30 M to 5 M, V 512, batch 4 x 256, float32, one pass"),
+    "passes": Setting(*SMALL, passes=3, steps=12, title="30 M to 5 M, V 512, batch 4 x 256, float32, three passes"),
+    "vocabulary": Setting((128, 384, 2, 2), (64, 192, 2, 2), 131_072, 2, passes=1, steps=4,
+                          title="17 M to 8 M, V 131,072, batch 2 x 256, float32"),
+}  # fmt: skip
+LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things lie.
+
+    Attributes:
+        work: a folder for what is made.
+        envs: the peers' environments.
+        teacher: a pretrained HF folder; its tokenizer is everyone's.
+        data: documents.
+    """
+
+    work: Path
+    envs: Path
+    teacher: Path
+    data: Path
+
+
+def run_tool(place: Place, tool: str, script: str, arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Run a runner; its report, or None where it failed (its last words are shown)."""
+    environment = TOOLS[tool]
+    python = Path(sys.executable) if environment is None else interpreter(place.envs, environment)
+    if python is None:
+        print(f"{LABELS[tool]}: not installed", file=sys.stderr)
+        return None
+    report = place.work / "report.json"
+    report.unlink(missing_ok=True)
+    command = [str(python), str(HERE / "peers" / script), *arguments, "--report", str(report)]
+    variables = environment_of(1)
+    if environment is None:
+        variables |= {"PYTHONPATH": str(HERE.parent), "NANOKIT_CACHE": str(place.work / "cache")}
+    done = subprocess.run(command, env=variables, cwd=place.work, capture_output=True, text=True, check=False)
+    if done.returncode or not report.is_file():
+        print(f"{LABELS[tool]} failed:\n{(done.stdout + done.stderr)[-3000:]}", file=sys.stderr)
+        return None
+    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    rate = found["tokens"] / found["cpu_seconds"]
+    print(f"{LABELS[tool]}: {rate:,.0f} tokens per CPU second, {found['peak_bytes'] / 1e6:,.0f} MB", file=sys.stderr)
+    return found
+
+
+def run_job(place: Place, tool: str, **job: Any) -> dict[str, Any] | None:
+    """A job of `benchmarks/peers/distil_common.py`."""
+    path = place.work / "job.json"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    return run_tool(place, tool, f"distil_with_{tool}.py", ["--job", str(path)])
+
+
+def make_random(place: Place, name: str, dims: tuple[int, int, int, int], vocab: int, seed: int) -> Path:
+    """A random Llama with the pretrained teacher's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nano.tokens import copy_tokenizer
+
+    width, inner, layers, heads = dims
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    folder = place.work / name
+    LlamaForCausalLM(config).save_pretrained(folder)
+    copy_tokenizer(place.teacher, folder)
+    return folder
+
+
+def tokenised(place: Place, documents: Sequence[Any]) -> Any:
+    """All documents' ids one behind another, each with the beginning id in front."""
+    import numpy as np
+
+    from nano.corpus import encode_document
+    from nano.tokens import load_tokenizer
+
+    tokenizer = load_tokenizer(place.teacher)
+    return np.concatenate([np.concatenate(encode_document(text, tokenizer)) for text in documents]).astype(np.int32)
+
+
+def write_windows(ids: Any, count: int, out: Path) -> Path:
+    """The first `count` windows of LENGTH ids, as runners read them."""
+    import numpy as np
+
+    if len(ids) < count * LENGTH:
+        raise SystemExit(f"the text holds {len(ids):,} tokens; {count * LENGTH:,} are needed")
+    np.savez(out, ids=ids[: count * LENGTH], sizes=np.full(count, LENGTH))
+    return out
+
+
+def measure_throughput(place: Place, case: str, repeat: int, tools: Sequence[str]) -> dict[str, Any]:
+    """Tokens per CPU second and memory of each tool; medians, and of each turn the ratio to nanokit's."""
+    from nano.corpus import read_documents
+
+    setting = SETTINGS[case]
+    teacher = make_random(place, "teacher", setting.teacher, setting.vocab, 0)
+    student = make_random(place, "student", setting.student, setting.vocab, 1)
+    ids = tokenised(place, read_documents([place.data])[:400])
+    text = write_windows(ids, setting.steps * setting.batch // setting.passes, place.work / "text.npz")
+    runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in tools}
+    for _ in range(repeat):
+        for tool in tools:
+            found = run_job(
+                place, tool, teacher=str(teacher), student=str(student), text=str(text), steps=setting.steps,
+                seconds=0, batch=setting.batch, length=LENGTH, rate=1e-3,
+            )  # fmt: skip
+            if found:
+                runs[tool].append({**found, "rate": found["tokens"] / found["cpu_seconds"]})
+    return {"title": setting.title, "runs": {tool: found for tool, found in runs.items() if found}}
+
+
+def split_stories(place: Place) -> tuple[Path, Any, Path]:
+    """Nine tenths of the documents to train on (as a file, and as ids), the rest to measure on."""
+    from nano.corpus import read_documents
+
+    texts = read_documents([place.data])
+    border = len(texts) * 9 // 10
+    files = []
+    for name, part in (("train", texts[:border]), ("held", texts[border:])):
+        lines = [json.dumps({"text": text}) + "\n" for text in part]
+        files.append(place.work / f"{name}.jsonl")
+        files[-1].write_text("".join(lines), encoding="utf-8")
+    return files[0], tokenised(place, texts[:border]), files[1]
+
+
+def measure_quality(place: Place, seconds: float, size: str, tools: Sequence[str]) -> dict[str, Any]:
+    """Everyone's student after the same CPU seconds."""
+    from distill.options import DistillOptions
+    from nano.shapes import ModelShape, read_config
+
+    train, ids, held = split_stories(place)
+    text = write_windows(ids, len(ids) // LENGTH, place.work / "text.npz")
+    rows: list[dict[str, Any]] = []
+
+    def stage(start: str, steps: int, name: str) -> dict[str, Any] | None:
+        out = place.work / name
+        shutil.rmtree(out, ignore_errors=True)
+        given = ["--teacher", str(place.teacher), "--student", size, "--data", str(train), "--out", str(out)]
+        return run_tool(place, "nanokit", "distil_stage_nanokit.py", [*given, "--start", start, "--steps", str(steps)])
+
+    for start in ("pruned", "random"):
+        stage(start, 0, start)  # tokenises the text: nobody's time
+        fixed, some = stage(start, 0, start), stage(start, 40, "some")
+        if not (fixed and some):
+            return {"title": "nanokit failed", "rows": []}
+        step = (some["cpu_seconds"] - fixed["cpu_seconds"]) / 40
+        steps = max(1, round((seconds - fixed["cpu_seconds"]) / step))
+        found = stage(start, steps, f"nanokit-{start}")
+        rows.append({"tool": "nanokit", "start": start, "loss": "", **(found or {}), "folder": f"nanokit-{start}"})
+    shape = ModelShape.from_hf(read_config(place.work / "pruned"))
+    rate, batch = DistillOptions().peak_rate(shape.hidden_size), DistillOptions().batch
+    others = [(tool, start, "kd") for tool in tools if tool in ("trl", "modelopt") for start in ("pruned", "random")]
+    for tool, start, loss in [*others, ("plain", "random", "ce")]:
+        folder = f"{tool}-{start}-{loss}"
+        found = run_job(
+            place, tool, teacher=str(place.teacher), student=str(place.work / start), text=str(text), steps=0,
+            seconds=seconds, batch=batch, length=LENGTH, rate=rate, loss=loss, save=str(place.work / folder),
+        )  # fmt: skip
+        if found:
+            rows.append({"tool": tool, "start": start, "loss": loss, **found, "folder": folder})
+    for row in rows:
+        row.update(score(place, place.work / row.pop("folder"), held))
+    title = f"{place.teacher.name} to {shape.num_parameters:,} parameters, {seconds:g} CPU seconds each"
+    return {"title": title, "rate": rate, "rows": rows, "floor": {s: score(place, place.work / s, held) for s in ("pruned", "random")}}  # noqa: E501  # fmt: skip
+
+
+def score(place: Place, student: Path, held: Path, tokens: int = 32768) -> dict[str, float]:
+    """Held-out figures of a student, by nanokit's own comparison."""
+    from distill.data import batches, pack
+    from distill.teacher import open_teacher
+    from nano.corpus import cut_windows, read_documents
+    from nano.shapes import ModelShape, read_config
+    from nano.tokens import load_tokenizer
+    from nano.torch_lm import load_float
+
+    import torch  # isort: skip
+
+    shape = ModelShape.from_hf(read_config(place.teacher))
+    windows = cut_windows(read_documents([held]), load_tokenizer(place.teacher), LENGTH)
+    rows = pack(windows, LENGTH)
+    count = min(len(rows), tokens // LENGTH)
+    teacher = open_teacher(place.teacher, shape, "float32", "cpu")
+    model = load_float(student, torch.float32).eval()
+    texts = [batch for batch, _ in zip(batches(rows, 16), range(-(-count // 16)), strict=False)]
+    found = teacher.compare(model, ModelShape.from_hf(read_config(student)), texts)
+    return {
+        "cross_entropy": found.ce / found.tokens, "kl": found.kl / found.tokens, "top1": found.same / found.tokens,
+        "teacher_cross_entropy": found.teacher_ce / found.tokens, "held_out_tokens": found.tokens,
+    }  # fmt: skip
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) + " |" for line in cells]  # noqa: E501  # fmt: skip
+    rule = "|" + "|".join([":" + "-" * (widths[0] + 1), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def throughput_table(found: dict[str, Any]) -> str:
+    """Medians over turns; the ratio is the median of each turn's own."""
+    runs = found["runs"]
+    cells = [["tool", "tokens / CPU s", "nanokit is faster by", "peak RSS MB", "nanokit's share of it"]]
+    for tool, each in runs.items():
+        ours = runs.get("nanokit", each)
+        pairs = list(zip(each, ours, strict=False))
+        faster = statistics.median(b["rate"] / a["rate"] for a, b in pairs)
+        share = statistics.median(b["peak_bytes"] / a["peak_bytes"] for a, b in pairs)
+        rate, peak = (statistics.median(r[key] for r in each) for key in ("rate", "peak_bytes"))
+        cells.append([LABELS[tool], f"{rate:,.0f}", f"{faster:.2f} x", f"{peak / 1e6:,.0f}", f"{share:.2f}"])
+    return aligned(cells)
+
+
+def quality_table(found: dict[str, Any]) -> str:
+    """Lowest loss first."""
+    cells = [["student", "cross-entropy", "KL to teacher", "same top token", "tokens seen", "CPU s"]]
+    for row in sorted(found["rows"], key=lambda row: float(row["cross_entropy"])):
+        what = "cross-entropy alone" if row["loss"] == "ce" else LABELS[row["tool"]]
+        figures = [f"{row['cross_entropy']:.4f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}"]
+        cells.append([f"{what}, {row['start']} start", *figures, f"{row['tokens']:,}", f"{row['cpu_seconds']:.1f}"])
+    for start, floor in found["floor"].items():
+        figures = [f"{floor['cross_entropy']:.4f}", f"{floor['kl']:.4f}", f"{floor['top1']:.1%}"]
+        cells.append([f"untrained, {start}", *figures, "0", ""])
+    return aligned(cells)
+
+
+def note(kept: dict[str, Any]) -> str:
+    """benchmarks/distillation.md of all cases that were ever kept."""
+    lines = ["# Distillation by nanokit and by its peers", ""]
+    for case in CASES:
+        if case not in kept:
+            continue
+        found = kept[case]
+        where = found["machine"]
+        table = quality_table(found) if case == "quality" else throughput_table(found)
+        tools = sorted({r["tool"] for r in found["rows"]} if case == "quality" else {r[0]["tool"] for r in found["runs"].values()})  # noqa: E501  # fmt: skip
+        lines += [f"## {found['title']}", "", table, ""]
+        if case == "quality" and found["rows"]:
+            row = found["rows"][0]
+            lines += [f"- {row['held_out_tokens']:,} held-out tokens; teacher's cross-entropy {row['teacher_cross_entropy']:.4f}; peak learning rate {found['rate']:g}"]  # noqa: E501  # fmt: skip
+        lines += [
+            f"- {found['date']}, {where['cpu']}, {where['cores']} cores, {where['memory_gb']} GB, load {where['load']} "
+            f"at the start; one thread, {found['repeat']} run(s) of each, in turns",
+            f"- versions: {', '.join(tools)}",
+            f"- `{found['command']}`",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, help="a pretrained HF folder; its tokenizer is everyone's")
+    parser.add_argument("--data", type=Path, help="documents, such as stories in JSONL")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
+    parser.add_argument("--envs", type=Path, default=Path(tempfile.gettempdir()) / "peers", help="environments' folder")
+    parser.add_argument("--install", action="store_true", help="make the environments that are not there")
+    parser.add_argument("--torch-index", default=TORCH_INDEX, help="where pip finds CPU-only torch; '' nowhere else")
+    parser.add_argument("--repeat", type=int, default=1, help="turns of each case of throughput")
+    parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of training in quality")
+    parser.add_argument("--size", default="130k", help="of the student in quality")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/distillation.json and .md")
+    return parser
+
+
+def main() -> None:
+    """Install, run, print."""
+    parser = arguments()
+    given = parser.parse_args()
+    if given.install:
+        install(given.envs, sorted({env for tool in given.tools if (env := TOOLS[tool])}), given.torch_index)
+    if given.teacher is None or given.data is None:
+        if not given.install:
+            parser.error("give --teacher DIR and --data FILE, or --install")
+        return
+    for path in (given.teacher / "config.json", given.data):
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    for case in given.cases:
+        turns = 1 if case == "quality" else given.repeat
+        command = " ".join(["python", *sys.argv])
+        facts = {"date": date.today().isoformat(), "machine": machine(), "repeat": turns, "command": command}
+        with tempfile.TemporaryDirectory() as work:
+            place = Place(Path(work), given.envs.resolve(), given.teacher.resolve(), given.data.resolve())
+            if case == "quality":
+                found = measure_quality(place, given.seconds, given.size, given.tools)
+            else:
+                found = measure_throughput(place, case, given.repeat, given.tools)
+        kept[case] = {**found, **facts}
+        print(note({case: kept[case]}))
+        if given.write:
+            write_text_atomically(RESULTS, json.dumps(kept, indent=1) + "\n")
+            write_text_atomically(HERE / "distillation.md", note(kept))
+
+
+if __name__ == "__main__":
+    main()
