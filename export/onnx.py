@@ -118,6 +118,12 @@ def check_onnx(checkpoint: Int4Checkpoint, options: ExportOptions) -> int:
     context = resolve_context(shape, options.context)
     if options.chunk < 1:
         raise UnsupportedError("The chunk is too small.", found=f"--chunk {options.chunk}", expected="at least 1")
+    if options.kv_cache != "float":
+        raise UnsupportedError(
+            "An int8 cache in ONNX needs calibrated scales: GroupQueryAttention takes constants, not one a position.",
+            found=f"--kv-cache {options.kv_cache}",
+            todo="leave it out, or export with --format executorch, whose cache is scaled by position and head",
+        )
     if options.backend != ExportOptions.backend:
         raise UnsupportedError(
             "Backends are ExecuTorch's.",

@@ -184,6 +184,7 @@ def test_a_tokenizer_config_is_made_where_there_is_none(
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, {}, "dynamic"),
         ({}, {"context": 257}, "--context 257"),
         ({}, {"chunk": 0}, "--chunk 0"),
+        ({}, {"kv_cache": "int8"}, "--kv-cache int8"),
     ],
 )
 def test_what_the_graph_cannot_carry_is_refused_before_work(
