@@ -70,9 +70,9 @@ class Setting:
 
 SMALL = ((512, 1472, 9, 8), (256, 704, 6, 4), 512, 4)
 SETTINGS = {
-    "windows": Setting(*SMALL, passes=1, steps=8, title="30 M to 5 M, V 512, batch 4 x 256, float32, one pass"),
-    "passes": Setting(*SMALL, passes=3, steps=12, title="30 M to 5 M, V 512, batch 4 x 256, float32, three passes"),
-    "vocabulary": Setting((128, 384, 2, 2), (64, 192, 2, 2), 131_072, 2, passes=1, steps=4,
+    "windows": Setting(*SMALL, passes=1, steps=6, title="30 M to 5 M, V 512, batch 4 x 256, float32, one pass"),
+    "passes": Setting(*SMALL, passes=3, steps=6, title="30 M to 5 M, V 512, batch 4 x 256, float32, three passes"),
+    "vocabulary": Setting((128, 384, 2, 2), (64, 192, 2, 2), 131_072, 2, passes=1, steps=3,
                           title="17 M to 8 M, V 131,072, batch 2 x 256, float32"),
 }  # fmt: skip
 LENGTH = 256

@@ -82,9 +82,9 @@ class RememberingTeacher:
             asked = batch if len(fresh) == len(numbers) else make_batch(self.rows, fresh, self.device)
             told = self.teacher.answers(asked)
             if len(fresh) == len(numbers):
-                self._keep(numbers, told.hidden_NE.split(count_B))
+                self._keep(numbers, told.hidden_NE.split_with_sizes(count_B))
                 return told
-            parts = told.hidden_NE.split(self._positions(asked))
+            parts = told.hidden_NE.split_with_sizes(self._positions(asked))
             self._keep(fresh.tolist(), parts)
             found.update(zip(fresh.tolist(), parts, strict=True))
         return DenseAnswers(torch.cat([found[row] for row in numbers]), head_weight(self.teacher.model))
