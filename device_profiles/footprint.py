@@ -218,7 +218,7 @@ def planned_facts(shape: ModelShape, recipe: PlannedRecipe) -> BundleFacts:
         )
     parts = planned_parts(shape, recipe)
     on_grid = recipe.embedding != "float"
-    table, head = parts["embedding"], parts["head"] or parts["embedding"]
+    head = _tables(shape, recipe)[1]
     chunk = min(recipe.chunk, recipe.context)
     return BundleFacts(
         runtime=recipe.runtime,
@@ -226,7 +226,7 @@ def planned_facts(shape: ModelShape, recipe: PlannedRecipe) -> BundleFacts:
         file_bytes=sum(parts.values()),
         packed_source_bytes=parts["linears"] + (head if on_grid else 0),
         float_head_bytes=0 if on_grid else head,
-        mapped_bytes=table + parts["norms"],
+        mapped_bytes=parts["embedding"] + parts["norms"],
         kv_cache_bytes=cache_bytes(shape, recipe.runtime, recipe.context, chunk, recipe.kv),
         logits_bytes=FLOAT_BYTES * shape.vocab_size,
         context=recipe.context,
@@ -239,23 +239,31 @@ def planned_facts(shape: ModelShape, recipe: PlannedRecipe) -> BundleFacts:
 def planned_parts(shape: ModelShape, recipe: PlannedRecipe) -> dict[str, int]:
     """Bytes of a bundle's file by part: linears, embedding, head (where it is stored apart), norms.
 
-    Scales of int4 are bfloat16 in a .pte, but for an embedding that is looked up, and float32 in ONNX; an int8
-    embedding has one float32 scale a row (in ONNX for each block of it). A tied embedding stands twice in a .pte (once
-    to be looked up, once as the head) and once in ONNX.
+    Scales of int4 take two bytes in a .pte, and four in ONNX; an int8 embedding has one scale a row (in ONNX for each
+    block of it). The codes of a tied embedding stand once in either; in a .pte the head has scales of its own.
     """
     scale_bytes = 2 if recipe.runtime == "executorch" else FLOAT_BYTES
     linears = shape.num_layers * sum(
         _grid_bytes(*size, 4, recipe.group_size, scale_bytes) for size in linear_shapes(shape).values()
     )
-    v, d = shape.vocab_size, shape.hidden_size
-    table = head = FLOAT_BYTES * v * d
-    if recipe.embedding == "4":
-        table, head = (_grid_bytes(v, d, 4, recipe.group_size, size) for size in (FLOAT_BYTES, scale_bytes))
-    elif recipe.embedding == "8":
-        table = head = _grid_bytes(v, d, 8, d if recipe.runtime == "executorch" else row_block(d) or d, FLOAT_BYTES)
+    table, head = _tables(shape, recipe)
+    if shape.tied and recipe.embedding != "float":
+        head -= shape.vocab_size * shape.hidden_size * int(recipe.embedding) // 8
     norms = FLOAT_BYTES * (shape.num_parameters - shape.embedding_parameters - shape.linear_parameters)
     own_head = recipe.runtime == "executorch" or not shape.tied
     return {"linears": linears, "embedding": table, "head": head if own_head else 0, "norms": norms}
+
+
+def _tables(shape: ModelShape, recipe: PlannedRecipe) -> tuple[int, int]:
+    """Bytes of the embedding as it is looked up, and of a head made of it."""
+    v, d, executorch = shape.vocab_size, shape.hidden_size, recipe.runtime == "executorch"
+    if recipe.embedding == "float":
+        return FLOAT_BYTES * v * d, FLOAT_BYTES * v * d
+    if recipe.embedding == "4":
+        size = _grid_bytes(v, d, 4, recipe.group_size, 2 if executorch else FLOAT_BYTES)
+        return size, size
+    group = d if executorch else row_block(d) or d
+    return _grid_bytes(v, d, 8, group, 2 if executorch else FLOAT_BYTES), _grid_bytes(v, d, 8, group, FLOAT_BYTES)
 
 
 def row_block(columns: int) -> int | None:

@@ -270,7 +270,6 @@ def prepare_executorch(folder: Path, threads: int) -> Callable[[], Any]:
     from nano.tokens import load_tokenizer
 
     with silenced():
-        require_module("executorch.runtime", "executorch")
         load_kernels()
         set_threads(threads)
     tokenizer = load_tokenizer(folder)

@@ -232,6 +232,8 @@ def _parity_rows(parity: dict[str, Any] | None) -> list[tuple[str, str]]:
             f"same top token {row['top1']:.2%}, logit error {row['logit_error']:.2%}, KL {row['kl']:.2g}, "
             f"greedy {greedy['same']}/{greedy['of']}, logit error of prefill {prefill['logit_error']:.2%}"
         )
+        for edge, found in parity.get("edges", {}).get(name, {}).items():
+            figures += f", at the {edge}'s edge {found['logit_error']:.2%}"
         rows.append((f"against torch, {label}", figures))
     if "floor" in parity:
         floor = parity["floor"]

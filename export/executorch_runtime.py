@@ -144,7 +144,8 @@ def open_executorch(folder: Path, tokenizer: TextTokenizer | None = None) -> Exe
     with silenced():
         runtime = load_kernels()
         try:
-            program = runtime._load_program(str(folder / MODEL))
+            checked = runtime.Verification.InternalConsistency
+            program = runtime._load_program(str(folder / MODEL), program_verification=checked)
             unlock(folder / MODEL)
             model = ExecutorchModel(program, tokenizer or load_tokenizer(folder))
             model.prefill([0])  # the first call starts the thread pool, which talks; the next prefill forgets it

@@ -25,6 +25,8 @@ from quantize.lm import jitter_embedding, open_int4_model
 CONTINUATION = 32
 PROMPT_TOKENS = 16
 PREFIXES_PER_WINDOW = 4
+LONGEST_EDGE = 4096
+"""Positions up to which edges are tried; torch's attention over more takes gigabytes."""
 FLOOR_JITTER = 1e-7
 """float32's unit roundoff is 6e-8: the size of differences that the order of additions alone makes."""
 
@@ -45,7 +47,8 @@ def measure_parity(
         "tokens"; "simulated" and "float", each with kl, top1, logit_error, perplexity; "floor": the same figures
         of the simulation against itself after a change of 1e-7 (int8 activations only); "greedy": how many of
         the first 32 greedily chosen tokens after a real prompt agree with each; "prefill": the same figures
-        for prompts taken in chunks, their lengths around the chunk's border among them.
+        for prompts taken in chunks, their lengths around the chunk's border among them; "edges": a token decoded just
+        past the sliding window, and at the last position of the context, each with its position, logit_error, same_top.
     """
     bundle = open_model(folder)
     try:
@@ -55,16 +58,20 @@ def measure_parity(
             "activations": bundle.activations,
             "greedy": {},
             "prefill": {},
+            "edges": {},
         }
         prompt = bundle.tokenizer.decode(windows.ids[0][:PROMPT_TOKENS].tolist())
         ours = generate(bundle, prompt, CONTINUATION)
         against: tuple[tuple[str, Activations], ...] = (("simulated", bundle.activations), ("float", "float"))
-        chunk = int(read_manifest(folder).footprint["chunk"])
+        manifest = read_manifest(folder)
+        chunk = int(manifest.footprint["chunk"])
+        edges = _edge_positions(bundle.context, manifest.shape.get("sliding_window"))
         for name, activations in against:
             reference = open_model(int4, activations=activations)
             report["prefill"][name] = _prefill_agreement(bundle, reference, windows, chunk)
             report[name] = score(bundle, windows, reference).as_dict()
             report["greedy"][name] = _agreeing(ours, reference, prompt)
+            report["edges"][name] = {edge: _at_edge(bundle, reference, windows, at) for edge, at in edges.items()}
             reference.close()
         if bundle.activations != "float":
             report["floor"] = _noise_floor(int4, bundle.activations, windows)
@@ -108,6 +115,24 @@ def _prefix_lengths(window: Ids, chunk: int) -> list[int]:
         *range(1, len(window), len(window) // PREFIXES_PER_WINDOW + 1),
     }
     return sorted(n for n in wanted if 1 <= n <= len(window))
+
+
+def _edge_positions(context: int, window: int | None) -> dict[str, int]:
+    """Lengths of text whose last token stands at an edge; those that torch cannot follow are left out."""
+    edges = {"context": context} if window is None else {"window": window + 1, "context": context}
+    return {name: length for name, length in edges.items() if 2 <= length <= min(context, LONGEST_EDGE)}
+
+
+def _at_edge(bundle: LanguageModel, reference: LanguageModel, windows: Windows, length: int) -> dict[str, Any]:
+    """Agreement on the last of `length` tokens, decoded behind the others; the text is repeated until it is so long."""
+    text = np.resize(np.concatenate(windows.ids), length).tolist()
+    rows = []
+    for model in (bundle, reference):
+        model.prefill(text[:-1])
+        rows.append(model.decode(text[-1]).astype(np.float64))
+    ours, theirs = rows
+    error = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+    return {"position": length - 1, "logit_error": error, "same_top": bool(ours.argmax() == theirs.argmax())}
 
 
 def _agreeing(ours: list[int], reference: LanguageModel, prompt: str) -> dict[str, int]:

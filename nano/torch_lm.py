@@ -54,7 +54,10 @@ class TorchModel:
     def _step(self, ids: list[int]) -> Logits:
         with torch.inference_mode():
             out = self.model(
-                input_ids=torch.tensor([ids], device=self.model.device), past_key_values=self._cache, use_cache=True
+                input_ids=torch.tensor([ids], device=self.model.device),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
         self._cache = out.past_key_values
         last: Logits = out.logits[0, -1].float().cpu().numpy()
