@@ -6,9 +6,11 @@
     │   ├── BadFileError         a file is missing, truncated, or not what it should be
     │   ├── UnsupportedError     a family, option or combination that we do not support
     │   ├── OutputExistsError    the output is already there and --force was not given
+    │   ├── NotFoundError        a store has no such name, tag or file
     │   └── MissingExtraError    an optional dependency is not installed
     └── WorkError                exit status 3
         ├── NoSpaceError         the disk is full
+        ├── BrokenTransferError  a transfer stopped halfway; the next attempt may go on from there
         └── PeerLostError        another process of a run on several devices is gone
 
 Code raises these and nothing else for what a user can cause. `nano.cli.main` prints them and exits with
@@ -78,6 +80,10 @@ class OutputExistsError(RequestError):
     """The output is already there; nanokit replaces nothing without --force."""
 
 
+class NotFoundError(RequestError):
+    """A store has no such name, tag or file."""
+
+
 class MissingExtraError(RequestError):
     """An optional dependency is not installed."""
 
@@ -88,6 +94,18 @@ class WorkError(NanokitError):
 
 class NoSpaceError(WorkError):
     """The disk is full, or too small for what is about to be written."""
+
+
+class BrokenTransferError(WorkError):
+    """A transfer stopped halfway and may go on from there.
+
+    Attributes:
+        wait: seconds that the other side asked for before the next attempt; 0 where it did not.
+    """
+
+    def __init__(self, problem: str, *, wait: float = 0.0, **said: str | None) -> None:
+        self.wait = wait
+        super().__init__(problem, **said)
 
 
 class PeerLostError(WorkError):

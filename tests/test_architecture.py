@@ -69,7 +69,7 @@ UNPICKLERS = {
     "yaml.full_load", "marshal.load", "marshal.loads", "shelve.open", "pandas.read_pickle", "pd.read_pickle",
 }  # fmt: skip
 SHARDED_STATE = "distill/sharded_state.py"
-"""The one exception: torch.distributed.checkpoint's own index is a pickle. A run reads its own state; it is not shipped."""
+"""The one exception: torch.distributed.checkpoint's own index is a pickle. A run reads its own state alone."""
 
 
 @pytest.mark.parametrize("path", [*FILES, *TOOLS], ids=lambda p: p.relative_to(REPO).as_posix())
@@ -100,6 +100,7 @@ def loaded_by(code: str) -> set[str]:
         "import nano.cli; nano.cli.run(['--version'])",
         *(f"import nano.cli; nano.cli.run(['{command}', '--help'])" for command in COMMANDS),
         "import nano.cli; nano.cli.run(['plan', '--student', 'nano-1'])",
+        "import export.store.push, export.store.pull, export.store.check, export.store.catalog, export.store.manage",
     ],
 )
 def test_help_and_plan_load_no_torch(code: str) -> None:

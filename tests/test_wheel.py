@@ -38,6 +38,7 @@ def test_the_wheel_holds_all_rooms_and_the_shipped_data(wheel: Path) -> None:
     assert {"nano/demo/recipe.toml", "nano/demo/teacher/model.safetensors", "device_profiles/low-end.toml"} <= set(
         names
     )
+    assert {"export/store/pull.py", "nano/demo/__init__.py"} <= set(names)
     assert size < 10 << 20
     assert not [name for name in names if name.startswith("tests/")]
 

@@ -9,28 +9,12 @@ from typing import Protocol
 
 from export.store.artifact import Artifact, Descriptor, digest_of, parse_artifact
 from export.store.reference import Reference
-from nano.errors import BadFileError, RequestError, WorkError
+from nano.errors import BadFileError
 
 CHUNK = 256 << 10
 """Bytes read, hashed and written at a time: stays in a core's cache."""
 
 Advance = Callable[[int], None]
-
-
-class NotFoundError(RequestError):
-    """A store has no such name, tag or blob."""
-
-
-class BrokenTransferError(WorkError):
-    """A transfer stopped halfway and may go on from there.
-
-    Attributes:
-        wait: seconds that the other side asked for before the next attempt; 0 where it did not.
-    """
-
-    def __init__(self, problem: str, *, wait: float = 0.0, **said: str | None) -> None:
-        self.wait = wait
-        super().__init__(problem, **said)
 
 
 class Store(Protocol):

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from export.store.backend import BrokenTransferError, NotFoundError
 from export.store.credentials import api_host, docker_config, read_credentials
 from export.store.reference import is_loopback
-from nano.errors import RequestError, WorkError, require_module
+from nano.errors import BrokenTransferError, NotFoundError, RequestError, WorkError, require_module
 
 if TYPE_CHECKING:
     from requests import Response

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from export.store.artifact import INDEX, MANIFEST, MAX_MANIFEST, Descriptor, digest_of, load_document, read_descriptor
-from export.store.backend import CHUNK, Advance, NotFoundError
+from export.store.backend import CHUNK, Advance
 from export.store.reference import is_digest
-from nano.errors import BadFileError, NoSpaceError, RequestError
+from nano.errors import BadFileError, NoSpaceError, NotFoundError, RequestError
 from nano.folder import is_no_space
 
 VERSION = "1.0.0"

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from export.store.artifact import INDEX, load_document, parse_artifact, read_descriptor
-from export.store.backend import NotFoundError, Store, open_store, read_pinned
+from export.store.backend import Store, open_store, read_pinned
 from export.store.layout import REF_NAME, Layout
 from export.store.reference import Reference
 from export.store.select import SIGNATURE_SUFFIX, Tagged, artifacts_of
 from export.store.signing import count_signatures, signature_tag
-from nano.errors import BadFileError, RequestError
+from nano.errors import BadFileError, NotFoundError, RequestError
 
 _BLOB = re.compile(r"[0-9a-f]{64}")
 

@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 
 from export.store.artifact import INDEX, MANIFEST, MAX_MANIFEST, Descriptor, digest_of
-from export.store.backend import CHUNK, Advance, BrokenTransferError, NotFoundError
+from export.store.backend import CHUNK, Advance
 from export.store.connection import connect, send
 from export.store.reference import is_digest
-from nano.errors import BadFileError, RequestError, WorkError
+from nano.errors import BadFileError, BrokenTransferError, NotFoundError, RequestError, WorkError
 from nano.progress import say
 
 ATTEMPTS = 6

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from export.store.artifact import Artifact, parse_artifact
-from export.store.backend import NotFoundError, Store, read_artifact
+from export.store.backend import Store, read_artifact
 from export.store.reference import Reference
 from export.store.transfer import in_parallel
-from nano.errors import BadFileError, CheckFailedError, RequestError
+from nano.errors import BadFileError, CheckFailedError, NotFoundError, RequestError
 from nano.folder import human_bytes
 
 SIGNATURE_SUFFIX = ".sig"

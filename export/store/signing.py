@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.store.artifact import MANIFEST, Descriptor, canonical_json, digest_of, load_document, read_descriptor
-from export.store.backend import NotFoundError, Store, read_blob
+from export.store.backend import Store, read_blob
 from export.store.select import SIGNATURE_SUFFIX
-from nano.errors import BadFileError, CheckFailedError, OutputExistsError, RequestError, require_module
+from nano.errors import BadFileError, CheckFailedError, NotFoundError, OutputExistsError, RequestError, require_module
 from nano.folder import write_text_atomically
 
 if TYPE_CHECKING:

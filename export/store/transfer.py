@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from export.store.artifact import Descriptor
-from export.store.backend import CHUNK, Advance, BrokenTransferError, Store
+from export.store.backend import CHUNK, Advance, Store
 from export.store.registry import ATTEMPTS, pause
-from nano.errors import RequestError, WorkError
+from nano.errors import BrokenTransferError, RequestError, WorkError
 from nano.folder import MIB
 from nano.progress import Track, say
 

@@ -31,9 +31,11 @@ def test_exit_statuses_are_as_documented() -> None:
         "BadFileError": 2,
         "UnsupportedError": 2,
         "OutputExistsError": 2,
+        "NotFoundError": 2,
         "MissingExtraError": 2,
         "WorkError": 3,
         "NoSpaceError": 3,
+        "BrokenTransferError": 3,
         "PeerLostError": 3,
     }
 

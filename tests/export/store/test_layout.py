@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 
 from export.store.artifact import MANIFEST, Descriptor, canonical_json, describe_bundle, digest_of
-from export.store.backend import NotFoundError
 from export.store.check import verify_stored
 from export.store.layout import REF_NAME, Layout
 from export.store.manage import collect_garbage, inspect_artifact, list_store, list_tags, remove
 from export.store.push import push_bundle
 from export.store.reference import Reference, parse_reference
 from export.store.signing import make_keys, sign_artifact
-from nano.errors import BadFileError, CheckFailedError, RequestError
+from nano.errors import BadFileError, CheckFailedError, NotFoundError, RequestError
 
 from .conftest import blob_of, make_bundle
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from export.store.backend import BrokenTransferError, open_store
+from export.store.backend import open_store
 from export.store.pull import PullOptions, pull_artifact
 from export.store.push import push_bundle
 from export.store.reference import Reference, parse_reference
-from nano.errors import BadFileError, RequestError
+from nano.errors import BadFileError, BrokenTransferError, RequestError
 
 from .conftest import run, running, same_files, server
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from export.store.artifact import describe_bundle
-from export.store.backend import BrokenTransferError, NotFoundError, open_store
+from export.store.backend import open_store
 from export.store.check import verify_stored
 from export.store.manage import inspect_artifact, list_artifacts, list_tags
 from export.store.pull import PullOptions, pull_artifact
 from export.store.push import push_bundle
 from export.store.reference import Reference, parse_reference
-from nano.errors import BadFileError, WorkError
+from nano.errors import BadFileError, BrokenTransferError, NotFoundError, WorkError
 
 from .conftest import WEIGHTS, Fault, make_bundle, running, same_files, server
 
