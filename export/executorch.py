@@ -9,6 +9,7 @@ Legend: T positions of a call, V vocabulary, D hidden width, K input channels.
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,7 @@ def write_pte(
         load_toolchain()
         with track("export", checkpoint.shape.num_layers + 6, "steps") as progress:
             _write(checkpoint, folder / MODEL, plan, methods, options, progress)
+            gc.collect()  # programs hold themselves in cycles, and with them all weights
             share_table(folder)
             facts = describe(folder, checkpoint.shape, plan, last_only)
             progress.advance(note="read back")

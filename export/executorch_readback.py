@@ -30,6 +30,7 @@ from export.silence import silenced
 from nano.errors import BadFileError, require_module
 from nano.families import EMBEDDING, HEAD, LAYER_LINEARS, layer_prefix
 from quantize.grid import QuantizedTensor
+from quantize.packed import unpack_codes
 
 EMBEDDING_BITS = {"quantized_decomposed::embedding_4bit": 4, "quantized_decomposed::embedding_byte": 8}
 LINEAR_BITS = {"xnn_datatype_qbint4": 4, "xnn_datatype_qcint4": 4, "xnn_datatype_qcint8": 8}
@@ -343,9 +344,8 @@ def _read_table(pte: PteFile, table: Table) -> QuantizedTensor:
 
 
 def _unpack(packed_NB: torch.Tensor) -> torch.Tensor:
-    """Two codes + 8 a byte, the even column low, to int8 (N, K)."""
-    low, high = packed_NB & 15, packed_NB >> 4
-    return (torch.stack((low, high), -1).flatten(-2).to(torch.int8)) - 8
+    """Two codes + 8 a byte, the even column low, as the checkpoint has them too, to int8 (N, K)."""
+    return unpack_codes(packed_NB.view(torch.int32), 2 * packed_NB.shape[1], 4)
 
 
 def _equal(a: QuantizedTensor, b: QuantizedTensor) -> bool:

@@ -33,6 +33,8 @@ UNPACKED = "int-quantized"
 device, so transformers 5.23 finds packed ones of another size than it expects. Told to dequantize while loading it
 takes them, but by the first group's scheme for every module; where schemes are mixed, asymmetric ones are unpacked."""
 
+TABLE_ROWS = 1 << 14
+"""Rows of an embedding whose codes are found at once: float work on a whole one takes gigabytes."""
 PACKED, SCALE, SHAPE, ZERO = ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
 
 
@@ -154,7 +156,12 @@ class Int4Checkpoint:
             return self.store.rows(module + PACKED, start, stop)
         bits, scale_VG = self._tables[module]
         name = module + ".weight"
-        return pack_codes(codes_of(self.store.rows(name, start, stop), scale_VG[start:stop], bits, name), bits)
+        pieces = []
+        for first in range(start, max(stop, start + 1), TABLE_ROWS):
+            last = min(first + TABLE_ROWS, stop)
+            codes_RD = codes_of(self.store.rows(name, first, last), scale_VG[first:last], bits, name)
+            pieces.append(pack_codes(codes_RD, bits))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def scales(self, module: str) -> torch.Tensor:
         """Scales of a module, float32 (N, G)."""
