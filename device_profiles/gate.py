@@ -102,11 +102,13 @@ def require_passed(checked: Checked) -> None:
         return
     name, todo = verdict.profile.name, "; ".join(verdict.advice) or None
     if measured.died is not None:
+        over = max(limit.needed - (limit.allowed or limit.needed) for limit in verdict.limits)
         raise CheckFailedError(
-            f"It was killed on {name} at context {verdict.context:,}, in the phase '{measured.died}'.",
-            found=f"{measured.killer}; {decimal_bytes(measured.peak_dirty)} written by then, of "
-            f"{decimal_bytes(verdict.footprint.dirty)} forecast, {decimal_bytes(verdict.footprint.resident)} with what "
-            f"is read in place",
+            f"It was killed on {name} at context {verdict.context:,}, in the phase '{measured.died}'"
+            + (f": the forecast is {decimal_bytes(over)} too much." if over > 0 else "."),
+            found=f"killed by {measured.killer}; {decimal_bytes(measured.peak_dirty)} written by then; forecast "
+            f"{decimal_bytes(verdict.footprint.dirty)}, and {decimal_bytes(verdict.footprint.resident)} with what is "
+            f"read in place",
             expected=allowance(verdict),
             todo=todo,
         )
@@ -119,14 +121,9 @@ def require_passed(checked: Checked) -> None:
 
 
 def allowance(verdict: Verdict) -> str:
-    """What the phone allows, in words; how much too much is forecast where it is."""
-    parts = []
-    for limit in verdict.limits:
-        if limit.allowed is not None:
-            over = limit.needed - limit.allowed
-            more = f", {decimal_bytes(over)} less than forecast" if over > 0 else ""
-            parts.append(f"at most {decimal_bytes(limit.allowed)} {limit.about} ({limit.name}{more})")
-    return "; ".join(parts)
+    """What the phone allows, in words."""
+    known = [limit for limit in verdict.limits if limit.allowed is not None]
+    return "; ".join(f"at most {decimal_bytes(x.allowed or 0)} {x.about} ({x.name})" for x in known)
 
 
 def report(checked: Checked, junit: Path | None) -> None:

@@ -108,7 +108,8 @@ def measured_lines(measured: Measurement, predicted: int) -> list[RenderableType
     lines.append(Text(f"at most: {most}"))
     base = decimal_bytes(measured.base)
     lines.append(Text(f"of which Python and libraries took {base} before the bundle was opened"))
-    lines.append(Text(f"{measured.prefilled:,} of {measured.context:,} positions prefilled; all of the cache's memory taken"))  # noqa: E501  # fmt: skip
+    if measured.phase("prefill") is not None:
+        lines.append(Text(f"{measured.prefilled:,} of {measured.context:,} positions prefilled; all of the cache's memory taken"))  # noqa: E501  # fmt: skip
     if measured.died is None:
         error = predicted / measured.peak_dirty - 1
         peak = f"peak written {decimal_bytes(measured.peak_dirty)}, forecast {decimal_bytes(predicted)}"

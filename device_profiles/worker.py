@@ -24,19 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-IMPORTED = {
-    "onnx": ("tokenizers", "onnxruntime", "onnx_ir", "sympy", "export.onnx_readback", "export.onnx_runtime"),
-    "executorch": (
-        "tokenizers",
-        "torch",
-        "executorch.runtime",
-        "executorch.kernels.quantized",
-        "executorch.extension.llm.custom_ops.custom_ops",
-        "export.executorch_lower",
-        "export.executorch_runtime",
-    ),
+PREPARED = {
+    "onnx": ("tokenizers", "onnxruntime", "onnx_ir", "export.onnx_runtime"),
+    "executorch": ("tokenizers", "torch", "export.executorch_runtime:load_kernels"),
 }
-"""What Python imports to run a bundle. It is loaded before the limit is set, and not counted: no phone has it."""
+"""What Python imports (and, after a colon, calls) to run a bundle: there before the limit is set, and not counted, as
+no phone has it."""
 
 DROPPED_ONCE = "decode, dropped once"
 DROPPED_ALWAYS = "decode, dropped always"
@@ -60,8 +53,11 @@ def main() -> None:
 
     _libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a parent that was killed must not leave this behind
     sys.stdin.readline()  # the parent has put this process under its limit
-    for module in IMPORTED[request["runtime"]]:
-        importlib.import_module(module)
+    for door in PREPARED[request["runtime"]]:
+        module, _, function = door.partition(":")
+        imported = importlib.import_module(module)
+        if function:
+            getattr(imported, function)()
     tell(event="ready", memory=memory(), data=status()["VmData"])
     limit = json.loads(sys.stdin.readline())
     if limit["data"]:
