@@ -129,15 +129,19 @@ def _limits_of(measured: Measurement) -> str:
 
 
 def profiles_table(profiles: list[DeviceProfile]) -> Table:
-    """One row a profile."""
-    table = _table("Device profiles, and what one app may hold there")
+    """One row a profile; "-" where nobody publishes it."""
+    table = _table("Device profiles, and what one app may hold there, in GB")
     table.add_column("name", no_wrap=True)
-    for heading in ("RAM", "dirty", "resident"):
-        table.add_column(heading, justify="right")
-    table.add_column("for")
-    for profile in profiles:
-        facts = (profile.ram, profile.app_dirty_memory, profile.app_memory)
-        table.add_row(profile.name, *map(str, facts), profile.title)
+    table.add_column("system", no_wrap=True)
+    for heading in ("RAM", "written", "entitled", "resident", "GB/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for phone in profiles:
+        facts = (phone.ram, phone.app_dirty_memory, phone.app_dirty_memory_entitled, phone.app_memory, phone.memory_bandwidth)  # noqa: E501  # fmt: skip
+        table.add_row(
+            phone.name, phone.os, *("-" if fact.number is None else f"{fact.number / 1e9:.3g}" for fact in facts)
+        )
+    table.caption = "written: heap, packed weights, KV cache; entitled: with iOS's increased-memory-limit; resident: in all; -: unknown"  # noqa: E501  # fmt: skip
+    table.caption_justify = "left"
     return table
 
 
