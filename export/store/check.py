@@ -14,6 +14,7 @@ from typing import Any
 
 from export.store.artifact import MAX_MANIFEST, Artifact, File
 from export.store.backend import Store, open_store, read_artifact, read_blob
+from export.store.layout import Layout
 from export.store.reference import Reference
 from export.store.signing import count_signatures, require_signature
 from export.store.transfer import Meter
@@ -90,8 +91,13 @@ def _require_blobs(store: Store, name: str, artifact: Artifact) -> None:
                     "A file in the store is damaged.",
                     found=f"'{file.path}': {size:,} bytes with sha256 {hashed.hexdigest()} in {store.where}",
                     expected=f"{file.blob.size:,} bytes, {file.blob.digest}",
-                    todo="push the artifact again from a good bundle",
+                    todo=f"{_removal(store, file)}push the artifact again from a good bundle",
                 )
+
+
+def _removal(store: Store, file: File) -> str:
+    """A push leaves alone what is there by name and size, so a damaged blob of a folder has to go first."""
+    return f"remove {store.blob_path(file.blob.digest)}, and " if isinstance(store, Layout) else ""
 
 
 def _own_manifest(store: Store, reference: Reference, artifact: Artifact) -> Mapping[str, Any]:

@@ -8,11 +8,14 @@ import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from export.options import ExportOptions
+from export.run import run_export
 from export.store.artifact import MANIFEST, canonical_json, describe_bundle, digest_of
 from export.store.layout import Layout
 from export.store.pull import PullOptions, pull_artifact
@@ -43,6 +46,22 @@ def test_a_bundle_comes_back_as_it_was(stored: Reference, bundle: Path, tmp_path
     assert done.moved == sum(p.stat().st_size for p in bundle.iterdir())
     assert verify_bundle(tmp_path / "deep" / "out").ok
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]  # neither parts nor a lock
+
+
+def test_a_real_bundle_still_holds_its_codes(
+    tiny_model: Callable[..., Path], int4_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    int4 = int4_folder(tiny_model("llama"))
+    run_export(int4, "onnx", tmp_path / "made", ExportOptions(context=64, chunk=16))
+    reference = push_bundle(tmp_path / "made", parse_reference(f"oci:{tmp_path / 'store'}:tiny:1")).reference
+    facts = pull_artifact(reference, tmp_path / "out", PullOptions(format="onnx")).artifact.facts
+    assert (facts.family, facts.context) == ("llama", 64)
+    verification = verify_bundle(tmp_path / "out", int4)
+    assert verification.ok
+    assert verification.same_checkpoint
+    assert verification.exact is not None
+    assert verification.exact.modules == 14
 
 
 def test_pulled_and_pushed_again_it_is_the_same_artifact(stored: Reference, tmp_path: Path) -> None:
