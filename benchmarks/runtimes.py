@@ -8,6 +8,8 @@ A row of `RUNTIMES` makes its artifact in the work folder, where it is found aga
 resident before loading. Rows take turns, so that other work on the machine meets all of them.
 
 - executorch: `nanokit export --format executorch`.
+- onnx: `nanokit export --format onnx` in a plain session; onnx in genai: the same bundle in onnxruntime-genai.
+- genai builder: onnxruntime-genai's own exporter (benchmarks/runtimes_genai.py), run by onnxruntime-genai.
 - llama.cpp: a GGUF with the very same codes as Q4_0 (benchmarks/runtimes_gguf.py), run by llama-cpp-python.
 - transformers: transformers' own executorch integration, torchao's 8da4w weights, XNNPACK; what optimum-executorch
   wraps. Its lowering takes all weights through the graph passes: use a shape of few layers.
@@ -65,6 +67,13 @@ def make_bundle(format: str) -> Callable[[Path, Path], None]:
     return make
 
 
+def make_genai(int4: Path, out: Path) -> None:
+    """What onnxruntime-genai's own builder makes of the same weights."""
+    from runtimes_genai import build
+
+    build(int4, out)
+
+
 def make_gguf(int4: Path, out: Path) -> None:
     """A GGUF of the same codes."""
     from runtimes_gguf import write_gguf
@@ -82,6 +91,9 @@ def make_transformers(int4: Path, out: Path) -> None:
 
 
 RUNTIMES = {
+    "onnx": Runtime(make_bundle("onnx"), "export.bench:prepare_onnx"),
+    "onnx in genai": Runtime(make_bundle("onnx"), "runtimes_genai:prepare"),
+    "genai builder": Runtime(make_genai, "runtimes_genai:prepare"),
     "executorch": Runtime(make_bundle("executorch"), "export.bench:prepare_executorch"),
     "llama.cpp": Runtime(make_gguf, "runtimes_gguf:prepare", LLAMA_PYTHON),
     "transformers": Runtime(make_transformers, "runtimes_transformers:prepare"),
@@ -129,7 +141,8 @@ def measure(name: str, given: argparse.Namespace, vocabulary: int) -> dict[str, 
     row = RUNTIMES[name]
     request = {"task": "run", "loader": row.loader, "folder": str(given.work / name), "threads": given.threads,
                "prompt": given.prompt, "decode": given.decode, "vocabulary": vocabulary}  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": str(given.threads)}
+    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": str(given.threads),
+                   "NANOKIT_THREADS": str(given.threads)}  # fmt: skip
     command = [str(row.python), "-m", "export.bench_worker", json.dumps(request)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout)
