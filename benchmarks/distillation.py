@@ -201,7 +201,9 @@ def split_stories(place: Place) -> tuple[Path, Any, Path]:
     return files[0], tokenised(place, texts[:border]), files[1]
 
 
-def measure_quality(place: Place, seconds: float, size: str, tools: Sequence[str]) -> dict[str, Any]:
+def measure_quality(
+    place: Place, seconds: float, size: str, tools: Sequence[str], starts: Sequence[str]
+) -> dict[str, Any]:
     """Everyone's student after the same CPU seconds."""
     from distill.options import DistillOptions
     from nano.shapes import ModelShape, read_config
@@ -216,18 +218,19 @@ def measure_quality(place: Place, seconds: float, size: str, tools: Sequence[str
         given = ["--teacher", str(place.teacher), "--student", size, "--data", str(train), "--out", str(out)]
         return run_tool(place, "nanokit", "distil_stage_nanokit.py", [*given, "--start", start, "--steps", str(steps)])
 
-    for start in ("pruned", "random"):
-        stage(start, 0, start)  # tokenises the text: nobody's time
-        fixed, some = stage(start, 0, start), stage(start, 40, "some")
-        if not (fixed and some):
-            return {"title": "nanokit failed", "rows": []}
-        step = (some["cpu_seconds"] - fixed["cpu_seconds"]) / 40
-        steps = max(1, round((seconds - fixed["cpu_seconds"]) / step))
+    stage("pruned", 0, "pruned")  # tokenises the text: nobody's time
+    fixed = {start: stage(start, 0, start) for start in ("pruned", "random")}
+    some = stage("pruned", 40, "some")
+    for start, untrained in fixed.items():
+        if not (untrained and some and fixed["pruned"]):
+            raise SystemExit("nanokit failed")
+        step = (some["cpu_seconds"] - fixed["pruned"]["cpu_seconds"]) / 40
+        steps = max(1, round((seconds - untrained["cpu_seconds"]) / step))
         found = stage(start, steps, f"nanokit-{start}")
         rows.append({"tool": "nanokit", "start": start, "loss": "", **(found or {}), "folder": f"nanokit-{start}"})
     shape = ModelShape.from_hf(read_config(place.work / "pruned"))
     rate, batch = DistillOptions().peak_rate(shape.hidden_size), DistillOptions().batch
-    others = [(tool, start, "kd") for tool in tools if tool in ("trl", "modelopt") for start in ("pruned", "random")]
+    others = [(tool, start, "kd") for tool in tools if tool in ("trl", "modelopt") for start in starts]
     for tool, start, loss in [*others, ("plain", "random", "ce")]:
         folder = f"{tool}-{start}-{loss}"
         found = run_job(
@@ -238,6 +241,7 @@ def measure_quality(place: Place, seconds: float, size: str, tools: Sequence[str
             rows.append({"tool": tool, "start": start, "loss": loss, **found, "folder": folder})
     for row in rows:
         row.update(score(place, place.work / row.pop("folder"), held))
+        print(json.dumps(row), file=sys.stderr, flush=True)
     title = f"{place.teacher.name} to {shape.num_parameters:,} parameters, {seconds:g} CPU seconds each"
     return {"title": title, "rate": rate, "rows": rows, "floor": {s: score(place, place.work / s, held) for s in ("pruned", "random")}}  # noqa: E501  # fmt: skip
 
@@ -311,7 +315,8 @@ def note(kept: dict[str, Any]) -> str:
         found = kept[case]
         where = found["machine"]
         table = quality_table(found) if case == "quality" else throughput_table(found)
-        tools = sorted({r["tool"] for r in found["rows"]} if case == "quality" else {r[0]["tool"] for r in found["runs"].values()})  # noqa: E501  # fmt: skip
+        measured = found["rows"] if case == "quality" else [each[0] for each in found["runs"].values()]
+        versions = sorted({row["version"] for row in measured})
         lines += [f"## {found['title']}", "", table, ""]
         if case == "quality" and found["rows"]:
             row = found["rows"][0]
@@ -319,7 +324,7 @@ def note(kept: dict[str, Any]) -> str:
         lines += [
             f"- {found['date']}, {where['cpu']}, {where['cores']} cores, {where['memory_gb']} GB, load {where['load']} "
             f"at the start; one thread, {found['repeat']} run(s) of each, in turns",
-            f"- versions: {', '.join(tools)}",
+            f"- versions: {', '.join(versions)}",
             f"- `{found['command']}`",
             "",
         ]
@@ -339,6 +344,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--repeat", type=int, default=1, help="turns of each case of throughput")
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of training in quality")
     parser.add_argument("--size", default="130k", help="of the student in quality")
+    parser.add_argument(
+        "--starts", nargs="+", choices=["pruned", "random"], default=["pruned", "random"], help="of peers in quality"
+    )
     parser.add_argument("--write", action="store_true", help="write benchmarks/distillation.json and .md")
     return parser
 
@@ -364,13 +372,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             place = Place(Path(work), given.envs.resolve(), given.teacher.resolve(), given.data.resolve())
             if case == "quality":
-                found = measure_quality(place, given.seconds, given.size, given.tools)
+                found = measure_quality(place, given.seconds, given.size, given.tools, given.starts)
             else:
                 found = measure_throughput(place, case, given.repeat, given.tools)
         kept[case] = {**found, **facts}
-        print(note({case: kept[case]}))
         if given.write:
             write_text_atomically(RESULTS, json.dumps(kept, indent=1) + "\n")
+        print(note({case: kept[case]}))
+        if given.write:
             write_text_atomically(HERE / "distillation.md", note(kept))
 
 

@@ -112,7 +112,7 @@ class Meter:
         yield
         unit = 1 if sys.platform == "darwin" else 1024
         found = {
-            "tool": f"{self.tool} {metadata.version(self.tool)}",
+            "version": f"{self.tool} {metadata.version(self.tool)}",
             "torch": torch.__version__,
             "cpu_seconds": self.spent,
             "wall_seconds": time.perf_counter() - wall,
