@@ -24,7 +24,7 @@ def test_predicted_memory_is_near_what_onnxruntime_takes(tmp_path: Path) -> None
         capture_output=True, text=True, cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    row = next(line for line in done.stdout.splitlines() if line.startswith("22M-2048"))
-    error = re.search(r"([+-]\d+\.\d)%$", row)
+    row = next(line for line in done.stdout.splitlines() if line.startswith("| 22M-2048"))
+    error = re.search(r"([+-]\d+\.\d)% \|$", row)
     assert error
     assert abs(float(error[1])) <= 25
