@@ -44,6 +44,11 @@ class TextTokenizer:
         """One more than the largest id it can give."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    def text_ids(self) -> list[int]:
+        """Every id that stands for text: all but the special ones."""
+        special = set(self.special_tokens())
+        return sorted(i for token, i in self.backend.get_vocab().items() if token not in special)
+
     def special_tokens(self) -> tuple[str, ...]:
         """The texts of its special tokens."""
         return tuple(t.content for t in self.backend.get_added_tokens_decoder().values() if t.special)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ class Calibration:
     Attributes:
         windows: token ids.
         record: files with sha256, tokens, seed, and what was asked for: enough to draw the same windows again.
+        text_ids: every id of the tokenizer that stands for text, to make noise of.
     """
 
     windows: Windows
     record: dict[str, Any]
+    text_ids: Sequence[int] = ()
 
 
 def draw_windows(
@@ -52,7 +54,18 @@ def draw_windows(
         "windows": len(windows.ids),
         "asked": {"samples": options.windows, "length": options.length},
     }
-    return Calibration(windows, record)
+    return Calibration(windows, record, tokenizer.text_ids())
+
+
+def with_noise(calibration: Calibration, options: QuantizeOptions) -> Calibration:
+    """The same windows, some of them noised (see `quantize.noise`)."""
+    import torch
+
+    from quantize.noise import noised
+
+    windows = [torch.from_numpy(window) for window in calibration.windows.ids]
+    changed = noised(windows, torch.tensor(calibration.text_ids), options.noise, options.seed)
+    return replace(calibration, windows=Windows(tuple(window.numpy() for window, _ in changed)))
 
 
 def draw_training_windows(
@@ -71,4 +84,5 @@ def draw_training_windows(
             f"{steps} steps see each of the text's {len(windows.ids):,} windows {count / len(windows.ids):.0f} times: "
             f"the result may fit this text more than the model's use; give more --data, or lower --steps"
         )
-    return Calibration(windows, {"windows": len(windows.ids), "tokens": tokens, "steps": steps})
+    record = {"windows": len(windows.ids), "tokens": tokens, "steps": steps}
+    return Calibration(windows, record, tokenizer.text_ids())

@@ -65,7 +65,14 @@ def head_stays_tied(folder: Path, options: QuantizeOptions) -> bool:
 
 
 def prepared(student: Student, options: QuantizeOptions) -> Student:
-    """The student in the shape that `folded` will give it: the head apart from the embedding where it comes to that."""
+    """The student in the shape that `folded` will give it: the head apart from the embedding where it comes to that.
+
+    Where the whole model will be trained, padding is put to use.
+    """
+    if options.method in END_TO_END:
+        from quantize.split import split_neurons
+
+        student = split_neurons(student)
     if options.rotation == "none":
         return student
     from quantize.rotate import can_turn_residual, fold_norms

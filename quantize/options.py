@@ -63,6 +63,10 @@ class QuantizeOptions:
         batch: windows in a training step.
         window: tokens a training window holds.
         learning_rate: how far a weight may move in a training step, in codes; 0 means 0.01, for recover 0.006.
+        noise: share of windows of --data of which a part is replaced by other tokens, which keeps the model near the
+            original on text unlike --data, and costs little on text like it.
+        cross_entropy: weight of the text's own next tokens beside the original's answers in training (best, recover);
+            more makes the model fit --data, and leaves the original.
     """
 
     method: Method = "best"
@@ -85,6 +89,8 @@ class QuantizeOptions:
     batch: int = 8
     window: int = 128
     learning_rate: float = 0.0
+    noise: float = 0.25
+    cross_entropy: float = 0.02
 
     def __post_init__(self) -> None:
         wrong = {
@@ -95,6 +101,8 @@ class QuantizeOptions:
             "--batch": self.batch < 1,
             "--window": self.window < 8,
             "--learning-rate": not 0 <= self.learning_rate < math.inf,
+            "--noise": not 0 <= self.noise <= 1,
+            "--cross-entropy": not 0 <= self.cross_entropy <= 1,
             "--bits-budget": not 0 <= self.bits_budget <= 32,
             "--context": self.context < 0 or bool(self.context and not self.profile),
         }
@@ -104,7 +112,8 @@ class QuantizeOptions:
                 "A number for quantize makes no sense.",
                 found=f"{found[0]} {getattr(self, found[0][2:].replace('-', '_'))}",
                 expected="a batch of 1 or more, windows of 8 tokens or more, samples, damping, steps, learning rate, "
-                "bits budget and context of 0 or more; a context only with --profile",
+                "bits budget and context of 0 or more; noise and cross-entropy from 0 to 1; "
+                "a context only with --profile",
             )
         if self.bits_budget and self.profile:
             raise RequestError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nano.families import EMBEDDING, layer_prefix, weight_shapes
+from nano.families import EMBEDDING, HEAD, layer_prefix, weight_shapes
 from nano.progress import track
 from quantize.calibrate import Calibration
 from quantize.options import QuantizeOptions
@@ -67,10 +67,18 @@ def write_tensors(job: Job, folder: Path) -> dict[str, Any]:
         "mean_relative_error": sum(errors.values()) / max(len(errors), 1),
         "layer_error": {layer: errors.layer_error for layer, errors in enumerate(done) if errors.layer_error},
         **results,
-        "padding": job.model.padding,
+        "padding": padding_record(job.model, job.training is not None),
         "float_modules": float_modules(shape, grids),
         "seconds": round(time.monotonic() - start, 2),
     }
+
+
+def padding_record(model: Student, trained: bool) -> dict[str, int] | None:
+    """What was widened, and how many neurons stand there in halves; None where nothing was."""
+    from quantize.split import copies
+
+    padding = model.padding
+    return {**padding, "neurons_split": copies(model)} if padding and trained else padding
 
 
 def _outside_layers(job: Job) -> Named:
@@ -112,17 +120,19 @@ def _trained(job: Job, done: list[LayerResult], results: dict[str, Any]) -> Name
     start = {name: tensor for layer in done for name, tensor in layer.weights.items()}
     windows = [torch.from_numpy(window) for window in job.training.windows.ids]
     ends = rounded_ends(job.model, job.grids)
-    found = recover(job.model, start, windows, job.training.record["steps"], job.options, job.journal, ends)
+    tables = [f"{end}.weight" for end in (EMBEDDING, HEAD) if end in float_modules(job.model.shape, job.grids)]
+    steps, ids_U = job.training.record["steps"], torch.tensor(job.training.text_ids)
+    found = recover(job.model, start, windows, steps, job.options, job.journal, ends, tables, ids_U)
     results.update(kl_before_training=found.kl_before, kl_after_training=found.kl_after)
     for name, tensor in _outside_layers(job):
-        yield name, found.norms.get(name, tensor)
+        yield name, found.floats.get(name, tensor)
     for name in weight_shapes(job.model.shape):
         if name.startswith("model.layers."):
             module = name.removesuffix(".weight")
             if module in found.weights:
                 yield name, found.weights[module]
             else:
-                yield name, found.norms[name] if name in found.norms else job.model.tensor(name)
+                yield name, found.floats[name] if name in found.floats else job.model.tensor(name)
 
 
 def _solved_layers(job: Job) -> Iterator[LayerResult]:

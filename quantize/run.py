@@ -22,7 +22,7 @@ from nano.shapes import ModelShape, read_config
 from nano.tokens import FILE as TOKENIZER
 from nano.tokens import copy_tokenizer, load_tokenizer
 from quantize.budget import Choice, Room, bits_record, choose_bits, curve_table, find_room
-from quantize.calibrate import Calibration, draw_training_windows, draw_windows
+from quantize.calibrate import Calibration, draw_training_windows, draw_windows, with_noise
 from quantize.fold import folded, head_stays_tied, prepared, with_rotation
 from quantize.options import END_TO_END, QuantizeOptions
 from quantize.produce import Job, write_tensors
@@ -85,7 +85,8 @@ def run_quantize(
         if model.padding:
             say(
                 f"the feed-forward width {model.source_shape.intermediate_size} is padded to "
-                f"{model.shape.intermediate_size} with zero neurons (exact), so that whole groups fit"
+                f"{model.shape.intermediate_size} with {'halves of' if texts.training else 'zero'} neurons "
+                f"(exact), so that whole groups fit"
             )
         manifest = Manifest(
             kind="int4",
@@ -238,7 +239,8 @@ def _calibration(data: Sequence[Path], tokenizer: Any, options: QuantizeOptions,
     from quantize.suitability import examine_and_warn
 
     drawn = draw_windows(data, tokenizer, options, model.shape.max_positions)
-    return replace(drawn, record={**drawn.record, "checked": examine_and_warn(model, tokenizer, drawn.windows)})
+    checked = examine_and_warn(model, tokenizer, drawn.windows)
+    return replace(with_noise(drawn, options), record={**drawn.record, "checked": checked})
 
 
 def _who_reads(options: QuantizeOptions) -> str:

@@ -13,6 +13,7 @@ Legend: N output channels, K input channels, G groups, g group size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ against 0.0228."""
 
 BETAS = (0.9, 0.99)
 """Adam's: the second moment forgets faster than usual, since runs are of hundreds of steps, not of thousands."""
+
+
+TABLE_RATE = 0.4
+"""Of a float embedding's or head's standard deviation, how much it may move a step for each code of a weight's rate."""
 
 
 class _OnGrid(torch.autograd.Function):
@@ -106,13 +111,16 @@ class TrainableLinear(torch.nn.Module):
         return QuantizedTensor(codes_NK, scale_NG, self.group_size, self.bits, self.zero_NG).cpu()
 
 
-def trainable_groups(model: torch.nn.Module, learning_rate: float, norms: bool) -> list[dict[str, Any]]:
+def trainable_groups(
+    model: torch.nn.Module, learning_rate: float, norms: bool, tables: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Adam's parameter groups: what trains (and is now told so), each kind at its own rate.
 
     Args:
         model: holds `TrainableLinear`s.
         learning_rate: codes a weight may move a step.
         norms: whether the model's norms train too.
+        tables: full names of embeddings and heads that stay float and train too.
     """
     rates = {"u_NGg": learning_rate, "log_scale_NG": learning_rate / 40}
     if norms:
@@ -121,6 +129,9 @@ def trainable_groups(model: torch.nn.Module, learning_rate: float, norms: bool) 
     for ending, rate in rates.items():
         chosen = [p.requires_grad_() for name, p in model.named_parameters() if name.endswith(ending)]
         groups.append({"params": chosen, "lr": rate})
+    for name in tables:
+        table = model.get_parameter(name).requires_grad_()
+        groups.append({"params": [table], "lr": learning_rate * TABLE_RATE * float(table.detach().std())})
     return groups
 
 

@@ -153,4 +153,4 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
     assert (found.kl_before, found.kl_after) == (whole.kl_before, whole.kl_after)
     assert torch.equal(found.weights[name].codes_NK, whole.weights[name].codes_NK)
     assert torch.equal(found.weights[name].scale_NG, whole.weights[name].scale_NG)
-    assert all(torch.equal(found.norms[key], whole.norms[key]) for key in whole.norms)
+    assert all(torch.equal(found.floats[key], whole.floats[key]) for key in whole.floats)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from checks import load_by_transformers, some_sentences
 
-from nano.families import linear_names
+from nano.families import EMBEDDING, HEAD, linear_names
 from nano.tokens import load_tokenizer
 from nano.torch_lm import load_float
 from quantize.journal import Journal
@@ -17,7 +19,7 @@ from quantize.lm import load_dequantised
 from quantize.options import QuantizeOptions
 from quantize.packed import Int4Checkpoint
 from quantize.recipe import Grid
-from quantize.recover import kl_sum, recover
+from quantize.recover import _decay, loss_sums, recover
 from quantize.rtn import round_to_nearest
 from quantize.run import run_quantize
 from quantize.student import Student
@@ -44,21 +46,24 @@ def test_forward_is_the_dequantised_weight_and_gradients_are_straight_through() 
     assert torch.allclose(linear.log_scale_NG.grad, expected_NG, atol=1e-4)
 
 
-def test_kl_is_counted_over_real_positions_only(tiny_model: Callable[..., Path]) -> None:
+def test_losses_are_counted_over_real_positions_only(tiny_model: Callable[..., Path]) -> None:
     one, other = (
         load_float(tiny_model("llama", initializer_range=0.1)),
         load_float(tiny_model("llama", rms_norm_eps=0.5, initializer_range=0.1)),
     )
     windows = [torch.arange(5, 25), torch.arange(40, 49)]
-    slow = 0.0
+    slow, text = 0.0, list[float]()
     for window in windows:
         with torch.no_grad():
             p, q = (model(window[None]).logits.double().softmax(-1)[0] for model in (one, other))
         slow += float((p * (p / q).log()).sum())
+        text.append(float(-q[:-1].gather(1, window[1:, None]).log().sum()))
     with torch.no_grad():
-        ours = float(kl_sum(one, other, windows))
-    assert ours == pytest.approx(slow, rel=1e-3)
+        kl, first = map(float, loss_sums(one, other, windows, 1))
+        both = float(loss_sums(one, other, windows, 2)[1])
+    assert kl == pytest.approx(slow, rel=1e-3)
     assert slow > 0.01
+    assert (first, both) == (pytest.approx(text[0], rel=1e-4), pytest.approx(sum(text), rel=1e-4))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
@@ -72,7 +77,7 @@ def test_training_lowers_the_divergence_and_stays_on_the_grid(
     with Student(folder, 32) as student:
         names = [f"model.layers.{i}.mlp.{leaf}_proj" for i in range(2) for leaf in ("gate", "up", "down")]
         start = {name: round_to_nearest(student.tensor(name + ".weight"), Grid(4, 32)) for name in names}
-        options = QuantizeOptions(batch=8, learning_rate=0.05)
+        options = QuantizeOptions(batch=8, learning_rate=0.05, noise=0, cross_entropy=0)
         found = recover(student, start, windows, 40, options, Journal(tmp_path / "a", {}))
         again = recover(student, start, windows, 40, options, Journal(tmp_path / "b", {}))
     assert found.kl_before > 0.001
@@ -134,3 +139,29 @@ def test_what_training_found_is_what_transformers_loads(stories: Path, tinystori
         assert 0 < float((norm - before).abs().max()) < 0.1
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "best")(ids).logits
         assert torch.equal(load_dequantised(checkpoint)(ids).logits, theirs)
+
+
+def test_float_tables_train_in_their_stored_type_and_stay_tied(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    text = some_sentences(tmp_path)
+    folder = tiny_model("llama", tie_word_embeddings=True, initializer_range=0.2)
+    with Student(folder, 32) as student:
+        weight_VD = student.tensor(EMBEDDING + ".weight")
+    options = QuantizeOptions(
+        "recover", steps=30, batch=4, window=32, samples=4, length=32, learning_rate=0.02, noise=0, cross_entropy=0
+    )
+    run_quantize(folder, [text], tmp_path / "float", options)
+    run_quantize(folder, [text], tmp_path / "int4", replace(options, embedding="int4"))
+    with Int4Checkpoint(tmp_path / "float") as kept, Int4Checkpoint(tmp_path / "int4") as gridded:
+        trained_VD = kept.store.tensor(EMBEDDING + ".weight")
+        assert HEAD + ".weight" not in kept.store.names()
+        assert gridded.quantized(EMBEDDING).bits == 4
+    assert trained_VD.dtype == weight_VD.dtype
+    moved = float((trained_VD.float() - weight_VD.float()).std() / weight_VD.float().std())
+    assert 0.01 < moved < 30 * 0.4 * 0.02  # at most so many steps of TABLE_RATE x learning rate
+    loaded = load_by_transformers(tmp_path / "float")
+    assert torch.equal(loaded.get_output_embeddings().weight, trained_VD.float())
+
+
+def test_the_weights_rates_end_before_the_others() -> None:
+    assert [round(_decay(x, codes=True), 3) for x in (0, 0.425, 0.85, 1)] == [1, 0.5, 0, 0]
+    assert [round(_decay(x, codes=False), 3) for x in (0, 0.85, 0.925, 1)] == [1, 1, 0.5, 0]

@@ -1,0 +1,48 @@
+"""Noise in calibration text: windows of which a part of the ids is replaced by any others of the vocabulary.
+
+A float model's answers to text that makes no sense are answers too. A grid that is solved and trained on some of them
+stays nearer to the float model on text of other kinds, and hardly less near on text of its own kind. stories260K,
+calibrated on stories, KL to the float model in nats a token:
+
+    method           noise   stories  WikiText
+    gptq             0       0.0480   0.169
+    gptq             0.25    0.0471   0.140
+    gptq             0.5     0.0517   0.138
+    best, 360 steps  0       0.0278   0.133
+    best, 360 steps  0.25    0.0305   0.098
+
+Legend: T positions, U ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+REPLACED = 0.3
+"""Of a noised window's ids. best as above, WikiText: 0.098 with this share, 0.101 with 0.1; 0.112 where all ids are
+random, 0.119 where the window is shuffled."""
+
+
+def noised(
+    windows: Iterable[torch.Tensor], ids_U: torch.Tensor, share: float, seed: int
+) -> Iterator[tuple[torch.Tensor, bool]]:
+    """The windows, a share of them (evenly spread) with `REPLACED` of their ids replaced; with each, whether it was.
+
+    Args:
+        windows: ids (T,) each; a window's first, its beginning id, stays.
+        ids_U: what is drawn from, each equally likely: every id that stands for text. Those of the calibration text
+            alone leave out what other text is made of (best on WikiText: 0.113 against 0.092).
+        share: of windows that are noised, from 0 to 1.
+        seed: which ids are replaced, and by what.
+    """
+    random = torch.Generator().manual_seed(seed)
+    for number, window in enumerate(windows, start=1):
+        if int(number * share) == int((number - 1) * share):
+            yield window, False
+            continue
+        others_T = ids_U[torch.randint(len(ids_U), window.shape, generator=random)]
+        chosen_T = torch.rand(window.shape, generator=random) < REPLACED
+        chosen_T[0] = False
+        yield torch.where(chosen_T, others_T, window), True
