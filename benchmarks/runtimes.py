@@ -164,8 +164,7 @@ def table(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace, shap
     ]
     for name, found in runs.items():
         one = summarise(found, given.prompt)
-        size = max(path.stat().st_size for path in (given.work / name).iterdir())
-        size += sum(p.stat().st_size for p in (given.work / name).glob("*.data"))
+        size = sum(path.stat().st_size for path in (given.work / name).glob("model.*"))
         memory = [_bytes(one[key], size) for key in ("loaded", "peak", "clean", "dirty")]
         speed = f"{one['prefill'].median:.1f} | {one['decoding'].median:.2f} | {one['decoding'].most:.2f}"
         rest = [f"{one['cpu_token'].median:.3f}", f"{one['load'].median:.1f}", human_bytes(size), *memory]
