@@ -64,20 +64,24 @@ def head_stays_tied(folder: Path, options: QuantizeOptions) -> bool:
         return student.shape.tied and not unties_head(student)
 
 
-def prepared(student: Student, options: QuantizeOptions) -> Student:
+def prepared(student: Student, options: QuantizeOptions) -> tuple[Student, int]:
     """The student in the shape that `folded` will give it: the head apart from the embedding where it comes to that.
 
-    Where the whole model will be trained, padding is put to use.
+    Where the whole model will be trained, dead neurons are put to use.
+
+    Returns:
+        A view of the student, or itself; and how many of its neurons are split.
     """
+    split = 0
     if options.method in END_TO_END:
         from quantize.split import split_neurons
 
-        student = split_neurons(student)
+        student, split = split_neurons(student)
     if options.rotation == "none":
-        return student
+        return student, split
     from quantize.rotate import can_turn_residual, fold_norms
 
-    return fold_norms(student) if can_turn_residual(student) else student
+    return (fold_norms(student) if can_turn_residual(student) else student), split
 
 
 def folded(

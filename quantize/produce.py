@@ -67,18 +67,10 @@ def write_tensors(job: Job, folder: Path) -> dict[str, Any]:
         "mean_relative_error": sum(errors.values()) / max(len(errors), 1),
         "layer_error": {layer: errors.layer_error for layer, errors in enumerate(done) if errors.layer_error},
         **results,
-        "padding": padding_record(job.model, job.training is not None),
+        "padding": job.model.padding,
         "float_modules": float_modules(shape, grids),
         "seconds": round(time.monotonic() - start, 2),
     }
-
-
-def padding_record(model: Student, trained: bool) -> dict[str, int] | None:
-    """What was widened, and how many neurons stand there in halves; None where nothing was."""
-    from quantize.split import copies
-
-    padding = model.padding
-    return {**padding, "neurons_split": copies(model)} if padding and trained else padding
 
 
 def _outside_layers(job: Job) -> Named:

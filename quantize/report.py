@@ -249,9 +249,10 @@ def _grids(facts: Facts) -> str:
     if padding:
         before, after = padding["intermediate_size_from"], padding["intermediate_size_to"]
         notes.append(
-            f"<li>The feed-forward width is padded from {before:,} to {after:,} with "
-            f"{'halves of its weightiest' if padding.get('neurons_split') else 'zero'} neurons (exact).</li>"
+            f"<li>The feed-forward width is padded from {before:,} to {after:,} with zero neurons (exact).</li>"
         )
+    if split := facts.results.get("neurons_split"):
+        notes.append(f"<li>{split:,} neurons that add nothing hold halves of the weightiest instead (exact).</li>")
     return (
         f'<section><h2>Grids</h2><p>The first rule that matches a module decides.</p><div class="wide"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div><ul>{''.join(notes)}</ul></section>"

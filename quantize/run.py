@@ -79,15 +79,10 @@ def run_quantize(
     own = recipe.rules if recipe else options.rules
     recipe = recipe or default_recipe(options, head_stays_tied(student, options))
     with Student(student, padding_multiple(shape, recipe)) as source:
-        model = prepared(source, options)
+        model, split = prepared(source, options)
         require_space(out, 3 * model.shape.num_parameters)
         texts, recipe, choice = _texts_and_recipe(student, model, data, recipe, own, options)
-        if model.padding:
-            say(
-                f"the feed-forward width {model.source_shape.intermediate_size} is padded to "
-                f"{model.shape.intermediate_size} with {'halves of' if texts.training else 'zero'} neurons "
-                f"(exact), so that whole groups fit"
-            )
+        _say_padding(model, split)
         manifest = Manifest(
             kind="int4",
             inputs={"student": input_entry(student)},
@@ -104,11 +99,20 @@ def run_quantize(
         with journal.kept_if_interrupted(), staged_folder(out, force=force) as folder:
             view, folds = folded(model, grids, options, texts.calibration, journal)
             results = {**write_tensors(replace(job, model=view), folder), **bits_record(model.shape, grids), **folds}
-            results.update(choice.as_dict() if choice else {})
+            results.update(choice.as_dict() if choice else {}, **({"neurons_split": split} if split else {}))
             copy_tokenizer(student, folder)
             manifest = replace(manifest, results=results)
             write_report(folder, manifest, student)
             return write_manifest(folder, manifest)
+
+
+def _say_padding(model: Student, split: int) -> None:
+    """What was widened, and what dead neurons are used for."""
+    if model.padding:
+        before, after = model.source_shape.intermediate_size, model.shape.intermediate_size
+        say(f"the feed-forward width {before} is padded to {after} with zero neurons (exact), so that whole groups fit")
+    if split:
+        say(f"{split} neurons that add nothing hold halves of the weightiest instead (exact)")
 
 
 @dataclass(frozen=True)

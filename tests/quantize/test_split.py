@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nano.families import family_of
 from quantize.split import neuron_weights, split_neurons
@@ -19,7 +20,8 @@ def test_the_function_stays_and_the_weightiest_neurons_are_split(family: str, ti
     folder = tiny_model(family, intermediate_size=88, initializer_range=0.2)
     ids_BT = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     with Student(folder, 32) as student, torch.no_grad():
-        split = split_neurons(student)
+        split, count = split_neurons(student)
+        assert count == 16
         wanted, given = (whole_model(one)(ids_BT).logits for one in (student, split))
         assert torch.allclose(wanted, given, atol=1e-4)
         for layer in range(2):
@@ -47,6 +49,23 @@ def test_a_neurons_weight_is_the_product_of_its_norms(tiny_model: Callable[..., 
         assert float(neuron_weights(student, 1)[5]) == pytest.approx(float(slow), rel=1e-5)
 
 
-def test_without_padding_there_is_nothing_to_split(tiny_model: Callable[..., Path]) -> None:
+def test_without_dead_neurons_there_is_nothing_to_split(tiny_model: Callable[..., Path]) -> None:
     with Student(tiny_model("llama", intermediate_size=96), 32) as student:
-        assert split_neurons(student) is student
+        assert split_neurons(student) == (student, 0)
+
+
+def test_a_trained_models_own_dead_neurons_are_used(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model("llama", intermediate_size=96, initializer_range=0.2)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][[4, 40]] = 0  # up alone: gate and down are as they were
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    ids_BT = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(0))
+    with Student(folder, 32) as student, torch.no_grad():
+        split, count = split_neurons(student)
+        assert count == 2
+        assert split.tensor(name)[[4, 40]].any(dim=1).all()
+        assert torch.equal(
+            split.tensor("model.layers.0.mlp.up_proj.weight"), student.tensor("model.layers.0.mlp.up_proj.weight")
+        )
+        assert torch.allclose(whole_model(student)(ids_BT).logits, whole_model(split)(ids_BT).logits, atol=1e-4)
