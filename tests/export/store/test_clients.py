@@ -1,4 +1,4 @@
-"""Clients that are not ours: curl and skopeo read what we push, and we read what skopeo copied."""
+"""Clients that are not ours: curl, oras-py and skopeo read what we push, and we read what skopeo copied."""
 
 from __future__ import annotations
 
@@ -46,6 +46,13 @@ def test_curl_resumes(pushed: Reference, bundle: Path, tmp_path: Path, program: 
     (tmp_path / "part").write_bytes(data[:1_000_000])
     assert run(program("curl"), "-fsSL", "-C", "-", "-o", tmp_path / "part", url).returncode == 0
     assert (tmp_path / "part").read_bytes() == data
+
+
+def test_oras_pulls_every_file_under_its_name(pushed: Reference, bundle: Path, tmp_path: Path) -> None:
+    """With oras-py's own client, which writes files as the oras command does."""
+    client = pytest.importorskip("oras.client").OrasClient(insecure=True)
+    client.pull(target=str(pushed), outdir=str(tmp_path / "out"))
+    assert same_files(bundle, tmp_path / "out")
 
 
 def test_skopeo_copies_and_we_read(
