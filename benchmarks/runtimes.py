@@ -11,8 +11,6 @@ resident before loading. Rows take turns, so that other work on the machine meet
 - onnx: `nanokit export --format onnx` in a plain session; onnx in genai: the same bundle in onnxruntime-genai.
 - genai builder: onnxruntime-genai's own exporter (benchmarks/runtimes_genai.py), run by onnxruntime-genai.
 - llama.cpp: a GGUF with the very same codes as Q4_0 (benchmarks/runtimes_gguf.py), run by llama-cpp-python.
-- transformers: transformers' own executorch integration, torchao's 8da4w weights, XNNPACK; what optimum-executorch
-  wraps. Its lowering takes all weights through the graph passes: use a shape of few layers.
 """
 
 from __future__ import annotations
@@ -37,7 +35,8 @@ from nano.shapes import ModelShape, read_config  # noqa: E402
 
 CONTEXT, CHUNK = 2048, 128
 REPORT = HERE / "runtimes.md"
-LLAMA_PYTHON = Path(os.environ.get("LLAMA_PYTHON", "/tmp/venv/llama/bin/python"))
+LLAMA_PYTHON = Path(os.environ.get("LLAMA_PYTHON", sys.executable))
+"""An interpreter that has llama-cpp-python and numpy; nothing else is imported there."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +81,12 @@ def make_gguf(int4: Path, out: Path) -> None:
     write_gguf(int4, out / "model.gguf")
 
 
-def make_transformers(int4: Path, out: Path) -> None:
-    """transformers' own export, quantized by torchao as optimum-executorch does it: 8da4w linears, 8-bit embedding."""
-    from runtimes_transformers import write_pte
-
-    out.mkdir()
-    write_pte(int4, out / "model.pte", CONTEXT)
-
-
 RUNTIMES = {
     "onnx": Runtime(make_bundle("onnx"), "export.bench:prepare_onnx"),
     "onnx in genai": Runtime(make_bundle("onnx"), "runtimes_genai:prepare"),
     "genai builder": Runtime(make_genai, "runtimes_genai:prepare"),
     "executorch": Runtime(make_bundle("executorch"), "export.bench:prepare_executorch"),
     "llama.cpp": Runtime(make_gguf, "runtimes_gguf:prepare", LLAMA_PYTHON),
-    "transformers": Runtime(make_transformers, "runtimes_transformers:prepare"),
 }
 
 
