@@ -8,9 +8,10 @@ Cases (choose with --cases):
 - windows: a random Llama of 30 M, a student of 5 M, batches of 4 windows of 256 tokens without padding, float32.
 - passes: the same, three passes over a text (three epochs are the default of TRL's trainer).
 - vocabulary: a vocabulary of 131,072, small widths, batches of 2 windows.
-- quality: TEACHER, a student of 130,000 parameters, everyone trained for the same CPU seconds on the same stories;
-  nanokit's include its cut. Peers get packed windows, the same peak learning rate and schedule, and two starts: the
-  weights that nanokit cut, and random ones. Scored by one process on stories that nobody saw.
+- quality: TEACHER, a student of 130,000 parameters, everyone for the same CPU seconds on the same stories. nanokit's
+  are of its whole stage: with the cut, from weights cut before, and from random ones. Peers, whose are of the
+  training alone, get packed windows, the same peak learning rate and schedule, and the latter two starts. Scored by
+  one process on stories that nobody saw.
 
 Each tool runs in a process and an environment of its own, on one thread, one after another, in turns. CPU seconds
 (user and system) are of the training alone, models in memory before it; the peak resident size is the process's.
@@ -43,6 +44,12 @@ TOOLS = {"plain": None, "trl": "trl", "modelopt": "modelopt", "nanokit": None}
 """Each tool's environment; None is the Python that runs this."""
 
 LABELS = {"plain": "plain torch loop", "trl": "TRL GKD", "modelopt": "ModelOpt", "nanokit": "nanokit"}
+STARTS = {
+    (True, "pruned"): "cut and trained", (True, "cut"): "from the cut weights", (True, "random"): "from random weights",
+    (False, "pruned"): "from the cut weights", (False, "random"): "from random weights",
+}  # fmt: skip
+"""What a row of quality begins with, by whether it is nanokit's."""
+
 RESULTS = HERE / "distillation.json"
 
 
@@ -213,18 +220,20 @@ def measure_quality(
     rows: list[dict[str, Any]] = []
 
     def stage(start: str, steps: int, name: str) -> dict[str, Any] | None:
+        """`start` "cut" goes on from weights that were cut before, as peers do."""
         out = place.work / name
         shutil.rmtree(out, ignore_errors=True)
-        given = ["--teacher", str(place.teacher), "--student", size, "--data", str(train), "--out", str(out)]
-        return run_tool(place, "nanokit", "distil_stage_nanokit.py", [*given, "--start", start, "--steps", str(steps)])
+        student, begun = (str(place.work / "pruned"), "pruned") if start == "cut" else (size, start)
+        given = ["--teacher", str(place.teacher), "--student", student, "--data", str(train), "--out", str(out)]
+        return run_tool(place, "nanokit", "distil_stage_nanokit.py", [*given, "--start", begun, "--steps", str(steps)])
 
     stage("pruned", 0, "pruned")  # tokenises the text: nobody's time
-    fixed = {start: stage(start, 0, start) for start in ("pruned", "random")}
-    some = stage("pruned", 40, "some")
+    fixed = {start: stage(start, 0, start) for start in ("pruned", "random")} | {"cut": stage("cut", 0, "some")}
+    some = stage("cut", 40, "some")
     for start, untrained in fixed.items():
-        if not (untrained and some and fixed["pruned"]):
+        if not (untrained and some and fixed["cut"]):
             raise SystemExit("nanokit failed")
-        step = (some["cpu_seconds"] - fixed["pruned"]["cpu_seconds"]) / 40
+        step = (some["cpu_seconds"] - fixed["cut"]["cpu_seconds"]) / 40
         steps = max(1, round((seconds - untrained["cpu_seconds"]) / step))
         found = stage(start, steps, f"nanokit-{start}")
         rows.append({"tool": "nanokit", "start": start, "loss": "", **(found or {}), "folder": f"nanokit-{start}"})
@@ -299,7 +308,14 @@ def quality_table(found: dict[str, Any]) -> str:
     for row in sorted(found["rows"], key=lambda row: float(row["cross_entropy"])):
         what = "cross-entropy alone" if row["loss"] == "ce" else LABELS[row["tool"]]
         figures = [f"{row['cross_entropy']:.4f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}"]
-        cells.append([f"{what}, {row['start']} start", *figures, f"{row['tokens']:,}", f"{row['cpu_seconds']:.1f}"])
+        cells.append(
+            [
+                f"{what}, {STARTS[row['tool'] == 'nanokit', row['start']]}",
+                *figures,
+                f"{row['tokens']:,}",
+                f"{row['cpu_seconds']:.1f}",
+            ]
+        )
     for start, floor in found["floor"].items():
         figures = [f"{floor['cross_entropy']:.4f}", f"{floor['kl']:.4f}", f"{floor['top1']:.1%}"]
         cells.append([f"untrained, {start}", *figures, "0", ""])
@@ -326,6 +342,7 @@ def note(kept: dict[str, Any]) -> str:
             f"at the start; one thread, {found['repeat']} run(s) of each, in turns",
             f"- versions: {', '.join(versions)}",
             f"- `{found['command']}`",
+            *(f"- {remark}" for remark in found.get("remarks", [])),
             "",
         ]
     return "\n".join(lines)
@@ -367,7 +384,7 @@ def main() -> None:
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     for case in given.cases:
         turns = 1 if case == "quality" else given.repeat
-        command = " ".join(["python", *sys.argv])
+        command = " ".join(["python", "benchmarks/distillation.py", *sys.argv[1:]])
         facts = {"date": date.today().isoformat(), "machine": machine(), "repeat": turns, "command": command}
         with tempfile.TemporaryDirectory() as work:
             place = Place(Path(work), given.envs.resolve(), given.teacher.resolve(), given.data.resolve())
