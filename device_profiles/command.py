@@ -124,7 +124,7 @@ def check(
         Positions to prefill when measuring, instead of the whole context; the rest of the cache's memory is still
         taken.
     measure_minutes
-        Time after which a measurement is given up as failed: a model that pages may take days.
+        Time after which a measurement is given up: a model that pages may take days.
     picture
         Write the forecast by cause against the phone's limits as a PNG.
     junit

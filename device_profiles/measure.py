@@ -40,6 +40,8 @@ PAGING_SHARE = 0.05
 _REFUSED = re.compile("bad.?alloc|cannot allocate|out of memory|not enough memory|new thread", re.IGNORECASE)
 """What libraries say that were refused memory."""
 
+_TIME_OVER = "the clock: its time was over"
+
 Say = Callable[[str], None]
 
 
@@ -168,7 +170,7 @@ def measure_bundle(
     Raises:
         RequestError: more tokens than the context holds.
         UnsupportedError: not Linux.
-        WorkError: the process failed for another reason than memory.
+        WorkError: the process failed for another reason than memory, or its time was over and it did not page.
     """
     if sys.platform != "linux":
         raise UnsupportedError("Memory is measured on Linux only.", found=sys.platform, todo="leave --measure out")
@@ -254,7 +256,7 @@ def _watch(
             raise _failed(last, errors, drain)
         died = watched.phase
         phases.append(Phase(died, 0, None, {}, watched.peaks.get(died, base)))
-    return Measurement(
+    measured = Measurement(
         cap=cap.kind,
         limit=None if data is None and cap.group is None else allowed,
         dirty_limit=dirty,
@@ -267,6 +269,13 @@ def _watch(
         samples=watched.samples,
         mapped_bytes=facts.mapped_bytes,
     )
+    if watched.killed == _TIME_OVER and not measured.pages:
+        raise WorkError(
+            "The measurement took too long; whether it fits is not known.",
+            found=f"{timeout / 60:.0f} minutes, in the phase '{died}'",
+            todo="give it longer with --measure-minutes, or fewer positions with --measure-tokens",
+        )
+    return measured
 
 
 def _send(process: subprocess.Popen[str], line: str) -> None:
@@ -330,7 +339,7 @@ def _sample(
         if dirty is not None and anonymous - base > dirty:
             watched.killed = "the watcher: it wrote more than the phone lets an app write"
         elif time.monotonic() > until:
-            watched.killed = "the clock: its time was over"
+            watched.killed = _TIME_OVER
         if watched.killed:
             process.kill()
             return

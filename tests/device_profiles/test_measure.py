@@ -160,10 +160,10 @@ def test_without_a_group_the_kernel_refuses_memory(small_bundle: Path, lived: Me
     assert "RLIMIT_DATA" in measured.killer
 
 
-def test_time_is_limited_too(small_bundle: Path) -> None:
-    measured = measure_bundle(small_bundle, bundle_facts(small_bundle), resident=ROOMY, dirty=None, timeout=0)
-    assert not measured.fits
-    assert "clock" in measured.killer
+def test_time_that_is_over_is_no_verdict(small_bundle: Path) -> None:
+    with pytest.raises(WorkError, match="took too long") as raised:
+        measure_bundle(small_bundle, bundle_facts(small_bundle), resident=ROOMY, dirty=None, timeout=0)
+    assert "--measure-tokens" in str(raised.value)
 
 
 def test_a_bundle_that_fails_otherwise_is_no_verdict(small_bundle: Path, tmp_path: Path) -> None:
