@@ -249,13 +249,12 @@ def _watch(
     process.wait()
     over.set()
     watcher.join()
-    died, killer = None, ""
-    if last is None or last["event"] != "done":
-        killer = _killer(process, cap, watched, last)
-        if not killer:
-            raise _failed(last, errors, drain)
-        died = watched.phase
+    killer = "" if last is not None and last["event"] == "done" else _killer(process, cap, watched, last)
+    died = watched.phase if killer else None
+    if died is not None:
         phases.append(Phase(died, 0, None, {}, watched.peaks.get(died, base)))
+    elif last is None or last["event"] != "done":
+        raise _failed(last, errors, drain)
     measured = Measurement(
         cap=cap.kind,
         limit=None if data is None and cap.group is None else allowed,
@@ -270,11 +269,7 @@ def _watch(
         mapped_bytes=facts.mapped_bytes,
     )
     if watched.killed == _TIME_OVER and not measured.pages:
-        raise WorkError(
-            "The measurement took too long; whether it fits is not known.",
-            found=f"{timeout / 60:.0f} minutes, in the phase '{died}'",
-            todo="give it longer with --measure-minutes, or fewer positions with --measure-tokens",
-        )
+        raise _too_long(timeout, died)
     return measured
 
 
@@ -356,6 +351,14 @@ def _killer(process: subprocess.Popen[str], cap: Cap, watched: _Watched, last: M
     if cap.group is None and process.returncode not in (0, None):
         return f"RLIMIT_DATA: it ended with status {process.returncode} when it was refused memory"
     return ""
+
+
+def _too_long(timeout: float, died: str | None) -> WorkError:
+    return WorkError(
+        "The measurement took too long; whether it fits is not known.",
+        found=f"{timeout / 60:.0f} minutes, in the phase '{died}'",
+        todo="give it longer with --measure-minutes, or fewer positions with --measure-tokens",
+    )
 
 
 def _failed(last: Mapping[str, Any] | None, errors: list[str], drain: threading.Thread) -> WorkError:
