@@ -1,4 +1,4 @@
-"""Commands that work on any stage's output: evaluate, generate, build, demo."""
+"""Commands that work on any stage's output: evaluate, compare, generate, build, demo."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from nano.hub import resolve_model
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from nano.divergence import Figure
     from nano.metrics import Scores
 
 Negative = Parameter(negative="")
@@ -29,6 +30,7 @@ def evaluate(
     tokens: int = 8192,
     sequence_length: int = 256,
     activations: Literal["float", "int8", "int8-xnnpack", "int8-ort"] = "float",
+    save: Path | None = None,
     json: Annotated[bool, Negative] = False,
 ) -> int:
     """Measure perplexity on text, and the divergence from a reference, of any stage's output.
@@ -40,7 +42,8 @@ def evaluate(
     data
         Text or JSONL file, held out from training; may be repeated.
     reference
-        Another model of the same vocabulary; adds KL, top-1 agreement and the relative logit error.
+        Another model of the same vocabulary; adds the divergence from it: KL and its tail, the change of the right
+        token's probability, the same most likely token, the relative logit error.
     tokens
         How many tokens to predict, at most.
     sequence_length
@@ -48,28 +51,124 @@ def evaluate(
     activations
         How an int4 folder's linears see their input in torch: float, or int8 as the phone kernels quantize it
         ("int8" follows the bundle it is compared with).
+    save
+        Keep the figures of each document in this JSON file: the baseline that `nanokit compare` judges others by.
+        An older file is replaced.
     json
-        Print one JSON object: perplexity, tokens, and with a reference kl, top1, logit_error.
+        Print one JSON object: perplexity, tokens, accuracy, calibration_error, and with a reference kl, top1,
+        logit_error and divergence, whose names are llama.cpp's.
     """
-    from nano.evaluate import evaluate_folders
-    from nano.progress import emit_json, show
+    from nano.baseline import write_baseline
+    from nano.ci import check_report
+    from nano.evaluate import EvaluateOptions, evaluate_by_document, evaluate_folders
+    from nano.progress import emit_json, say, show
 
     _positive(tokens=tokens, sequence_length=sequence_length)
-    model_folder = resolve_model(model)
-    reference_folder = None if reference is None else resolve_model(reference)
-    scores = evaluate_folders(
-        model_folder,
-        data,
-        reference_folder=reference_folder,
-        tokens=tokens,
-        sequence_length=sequence_length,
-        activations=activations,
-    )
+    if save is not None:
+        check_report(save)
+    folder = resolve_model(model)
+    against = None if reference is None else resolve_model(reference)
+    if save is None:
+        scores = evaluate_folders(
+            folder,
+            data,
+            reference_folder=against,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            activations=activations,
+        )
+    else:
+        options = EvaluateOptions(tokens, sequence_length, activations)
+        scores, baseline = evaluate_by_document(folder, data, against, options)
+        write_baseline(save, baseline)
+        say(f"saved {save}: {len(baseline.units)} documents or windows")
     if json:
-        emit_json({"model": model, "reference": reference, "activations": activations, **scores.as_dict()})
+        emit_json({"model": model, "reference": reference, "activations": activations, **scores.full_dict()})
     else:
         show(_scores_table({"model": model, "reference": reference}, scores))
     return 0
+
+
+def compare(
+    baseline: str,
+    candidate: str,
+    /,
+    *,
+    data: list[Path] | None = None,
+    reference: str | None = None,
+    gate: Path | None = None,
+    tokens: int | None = None,
+    sequence_length: int | None = None,
+    junit: Path | None = None,
+    json: Annotated[bool, Negative] = False,
+) -> int:
+    """Judge whether a model lost more accuracy than is allowed against a baseline, and how sure that is.
+
+    The exit status is 0 where it passed, 1 where it lost too much, 2 where the two cannot be compared. In a step of
+    GitHub Actions the verdict is added to the step's summary.
+
+    Parameters
+    ----------
+    baseline
+        What is good enough: a file that `nanokit evaluate --save` wrote, or a model.
+    candidate
+        What is judged: a model (HF folder, int4 folder or bundle), or a saved file.
+    data
+        Text or JSONL file to measure a model on, the same as the baseline's; may be repeated.
+    reference
+        Model that KL and agreement are measured from, the same as the baseline's; where both sides are models and
+        it is not given, the baseline itself.
+    gate
+        TOML file of limits; docs/gate.md lists its keys and their defaults.
+    tokens
+        How many tokens to predict, at most; as the saved side, else 8192.
+    sequence_length
+        Longest window; as the saved side, else 256.
+    junit
+        Write the verdicts as JUnit XML, for build servers.
+    json
+        Print one JSON object.
+    """
+    from nano.ci import check_report
+    from nano.compare import report, require_passed, run_compare, table_of
+    from nano.progress import emit_json, show
+
+    _positive(**{key: value for key, value in (("tokens", tokens), ("sequence_length", sequence_length)) if value is not None})  # noqa: E501  # fmt: skip
+    if junit is not None:
+        check_report(junit)
+    compared = run_compare(
+        _file_or_model(baseline),
+        _file_or_model(candidate),
+        data=data or (),
+        reference=None if reference is None else resolve_model(reference),
+        gate=gate,
+        tokens=tokens,
+        sequence_length=sequence_length,
+    )
+    if json:
+        emit_json(compared.as_dict())
+    else:
+        show(table_of(compared))
+    report(compared, junit)
+    require_passed(compared)
+    return 0
+
+
+def _file_or_model(name: str) -> Path:
+    path = Path(name).expanduser()
+    return path if path.is_file() else resolve_model(name)
+
+
+_SHOWN = ("Mean PPL(Q)/PPL(base)", "Median KLD", "90.0% KLD", "95.0% KLD", "99.0% KLD", "99.9% KLD", "Maximum KLD",
+          "Mean Δp", "RMS Δp", "99.0% Δp", "1.0% Δp", "Same top p", "Flips")  # fmt: skip
+
+
+def _figure_text(name: str, figure: Figure) -> str:
+    """A divergence figure as llama.cpp prints it: probabilities and shares in per cent."""
+    share = name.endswith("p") or name == "Flips"
+    scale, unit, form = (100, " %", ".3f") if share else (1, "", ".6f")
+    error = "" if figure.error is None else f" ± {figure.error * scale:{form}}"
+    return f"{figure.value * scale:{form}}{error}{unit}"
 
 
 def _scores_table(models: Mapping[str, str | None], scores: Scores) -> Table:
@@ -85,6 +184,9 @@ def _scores_table(models: Mapping[str, str | None], scores: Scores) -> Table:
         "KL, nats a token": scores.kl is not None and f"{scores.kl:.3g} ± {scores.kl_error:.2g}",
         "same most likely token": scores.top1 is not None and f"{scores.top1:.2%}",
         "relative logit error": scores.logit_error is not None and f"{scores.logit_error:.3%}",
+        "accuracy of the most likely token": scores.accuracy is not None and f"{scores.accuracy:.2%}",
+        "its calibration error": scores.calibration_error is not None and f"{scores.calibration_error:.2%}",
+        **{name: _figure_text(name, figure) for name, figure in (scores.divergence or {}).items() if name in _SHOWN},
     }
     for name, value in rows.items():
         if value:

@@ -49,10 +49,12 @@ class Windows:
 
     Attributes:
         ids: each a 1-D array; begins with the tokenizer's beginning id where it has one.
+        documents: which of the documents each was cut from, counted from 0; empty where that is not kept.
         tokens: ids in all windows that are predicted (all but each window's first).
     """
 
     ids: tuple[Ids, ...]
+    documents: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -71,8 +73,9 @@ def cut_windows(
         RequestError: the text is too short to give one window.
     """
     windows: list[Ids] = []
+    origins: list[int] = []
     total = 0
-    for document in documents:
+    for number, document in enumerate(documents):
         if max_tokens is not None and total >= max_tokens:
             break
         head, ids = encode_document(document, tokenizer)
@@ -84,12 +87,13 @@ def cut_windows(
             if len(piece) < MIN_WINDOW:
                 break
             windows.append(np.asarray(piece, dtype=np.int64))
+            origins.append(number)
             total += len(piece) - 1
     if not windows:
         raise RequestError(
             "The text is too short.", found=f"no document of {MIN_WINDOW} tokens or more", todo="give more text"
         )
-    return Windows(tuple(windows))
+    return Windows(tuple(windows), tuple(origins))
 
 
 def sample_windows(

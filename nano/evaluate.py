@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from nano.corpus import Windows, cut_windows, read_documents
+from nano.baseline import Baseline, Unit, units_of
+from nano.corpus import Windows, cut_windows, describe_data, read_documents
 from nano.errors import RequestError
 from nano.lm import Activations, LanguageModel, open_model, stage_of
+from nano.manifest import fingerprint
 from nano.metrics import Meter, Scores
 from nano.progress import track
 
@@ -42,6 +45,11 @@ def simulation_for(requested: str, model: Path, reference: Path | None) -> tuple
 
 def score(model: LanguageModel, windows: Windows, reference: LanguageModel | None = None) -> Scores:
     """Figures of a model over token windows, with progress."""
+    return measure(model, windows, reference).scores()
+
+
+def measure(model: LanguageModel, windows: Windows, reference: LanguageModel | None = None) -> Meter:
+    """A meter that took every window, with progress."""
     meter = Meter()
     with track("evaluate", windows.tokens, "tokens") as progress:
         for start in range(0, len(windows.ids), BATCH):
@@ -50,8 +58,8 @@ def score(model: LanguageModel, windows: Windows, reference: LanguageModel | Non
             theirs: Sequence[object] = [None] * len(batch) if reference is None else reference.logits(batch)
             for ids, one, other in zip(batch, ours, theirs, strict=True):
                 meter.add(ids, one, other)  # type: ignore[arg-type]
-            progress.advance(sum(len(ids) - 1 for ids in batch), note=f"perplexity {meter.scores().perplexity:.3f}")
-    return meter.scores()
+            progress.advance(sum(len(ids) - 1 for ids in batch), note=f"perplexity {meter.perplexity:.3f}")
+    return meter
 
 
 def evaluate_folders(
@@ -69,20 +77,75 @@ def evaluate_folders(
         RequestError: the two have different vocabularies.
         BadFileError: a folder or the text cannot be used.
     """
+    options = EvaluateOptions(tokens, sequence_length, activations)
+    return _measured(model_folder, data, reference_folder, options)[0]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """On how much text, and how.
+
+    Attributes:
+        tokens: predicted tokens at most.
+        sequence_length: longest window.
+        activations: see `simulation_for`.
+    """
+
+    tokens: int = 8192
+    sequence_length: int = 256
+    activations: str = "float"
+
+
+def evaluate_by_document(
+    model_folder: Path, data: Sequence[Path], reference_folder: Path | None, options: EvaluateOptions
+) -> tuple[Scores, Baseline]:
+    """The scores, and what a gate needs of them: each document's, and what all was measured on, by hash.
+
+    Raises:
+        RequestError: the two have different vocabularies.
+        BadFileError: a folder or the text cannot be used.
+    """
+    scores, units = _measured(model_folder, data, reference_folder, options)
+    text = describe_data(data, tokens=options.tokens)["files"]
+    return scores, Baseline(
+        model=_entry(model_folder),
+        data={"files": text, "tokens": options.tokens, "sequence_length": options.sequence_length},
+        units=units,
+        reference=None if reference_folder is None else _entry(reference_folder),
+        activations=options.activations,
+        scores=scores.as_dict(),
+    )
+
+
+def _entry(folder: Path) -> dict[str, str]:
+    return {"path": str(folder), "fingerprint": fingerprint(folder), "kind": stage_of(folder)}
+
+
+def _measured(
+    model_folder: Path, data: Sequence[Path], reference_folder: Path | None, options: EvaluateOptions
+) -> tuple[Scores, tuple[Unit, ...]]:
     documents = read_documents(data)
-    ours, theirs = simulation_for(activations, model_folder, reference_folder)
+    ours, theirs = simulation_for(options.activations, model_folder, reference_folder)
     model = open_model(model_folder, activations=ours)
-    reference = None if reference_folder is None else open_model(reference_folder, activations=theirs)
     try:
-        if reference is not None:
-            check_same_vocabulary(model, reference)
-        limit = min(model.context, sequence_length, reference.context if reference else sequence_length)
-        windows = cut_windows(documents, model.tokenizer, limit, max_tokens=tokens)
-        return score(model, windows, reference)
+        reference = None if reference_folder is None else open_model(reference_folder, activations=theirs)
+        try:
+            if reference is not None:
+                check_same_vocabulary(model, reference)
+            length = options.sequence_length
+            limit = min(model.context, length, reference.context if reference else length)
+            windows = cut_windows(documents, model.tokenizer, limit, max_tokens=options.tokens)
+            meter = measure(model, windows, reference)
+        finally:
+            if reference is not None:
+                reference.close()
+        return meter.scores(), units_of(windows, meter.windows, model.tokenizer)
     finally:
         model.close()
-        if reference is not None:
-            reference.close()
+
+
+class OtherVocabularyError(RequestError):
+    """Two models' tokenizers give different ids."""
 
 
 def check_same_vocabulary(model: LanguageModel, reference: LanguageModel) -> None:
@@ -91,7 +154,7 @@ def check_same_vocabulary(model: LanguageModel, reference: LanguageModel) -> Non
     theirs = reference.tokenizer.backend.get_vocab(with_added_tokens=True)
     if ours != theirs:
         differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-        raise RequestError(
+        raise OtherVocabularyError(
             "The model and the reference have different vocabularies, so their logits cannot be compared.",
             found=f"{len(ours)} and {len(theirs)} tokens; {len(differing)} differ, the first is {differing[0]!r}",
             todo="name a reference of the same teacher",

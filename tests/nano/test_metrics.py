@@ -39,7 +39,7 @@ def test_figures_equal_torchs_own() -> None:
     assert scores.tokens == 39 + 16
     assert scores.perplexity == pytest.approx(math.exp(torch.cat(nll).mean()), rel=1e-9)
     assert scores.kl == pytest.approx(float(all_kl.mean()), rel=1e-9)
-    assert scores.kl_error == pytest.approx(float(all_kl.std(correction=0) / math.sqrt(len(all_kl))), rel=1e-6)
+    assert scores.kl_error == pytest.approx(float(all_kl.std(correction=1) / math.sqrt(len(all_kl))), rel=1e-6)
     assert scores.top1 == pytest.approx(float(torch.cat(same).mean()))
     assert scores.logit_error == pytest.approx(math.sqrt(difference / magnitude), rel=1e-6)
 
@@ -70,4 +70,4 @@ def test_without_a_reference_only_perplexity_is_given() -> None:
     meter = Meter()
     ids, ours, _ = random_window(5)
     meter.add(ids, ours)
-    assert set(meter.scores().as_dict()) == {"perplexity", "tokens"}
+    assert set(meter.scores().as_dict()) == {"perplexity", "tokens", "accuracy", "calibration_error"}
