@@ -248,9 +248,9 @@ def require_passed(compared: Compared) -> None:
         lines += [verdict.sentence, *_worst_lines(verdict)]
     names = ", ".join(verdict.name for verdict in compared.refused)
     raise CheckFailedError(
-        f"The candidate lost more than the gate allows: {names}.", found="\n            ".join(lines),
+        f"The candidate does not pass the gate: {names}.", found="\n            ".join(lines),
         expected="; ".join(f"{v.limit_name} = {getattr(compared.limits, v.limit_name)}" for v in compared.refused),
-        todo="find what changed, or where the loss is meant: save a new baseline",
+        todo="find what changed; where it is meant to be another model: max_drift = false, or save a new baseline",
     )  # fmt: skip
 
 
