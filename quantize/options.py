@@ -14,7 +14,7 @@ from quantize.runtimes import Runtime
 
 Method = Literal["best", "fast", "rtn", "awq", "gptq", "tune", "recover", "bnb-nf4", "bnb-int8"]
 
-STEPS = {"tune": 200, "best": 360, "recover": 2000}
+STEPS = {"tune": 200, "best": 360, "recover": 4000}
 """Training steps of the methods that train, where none are asked for; tune's are for each layer."""
 
 RATES = {"tune": 0.01, "best": 0.01, "recover": 0.006}
@@ -59,7 +59,7 @@ class QuantizeOptions:
         awq: fold channel scales searched on calibration text into the weights before any method.
         seed: which windows are drawn, and which rotation is taken.
         damping: share of the mean curvature added to every input channel before the solve.
-        steps: training steps; 0 means 200 for each layer of tune, 360 for best, 2,000 for recover.
+        steps: training steps; 0 means 200 for each layer of tune, 360 for best, 4,000 for recover.
         batch: windows in a training step.
         window: tokens a training window holds.
         learning_rate: how far a weight may move in a training step, in codes; 0 means 0.01, for recover 0.006.
@@ -90,7 +90,7 @@ class QuantizeOptions:
     window: int = 128
     learning_rate: float = 0.0
     noise: float = 0.25
-    cross_entropy: float = 0.02
+    cross_entropy: float = 0.015
 
     def __post_init__(self) -> None:
         wrong = {
