@@ -250,7 +250,7 @@ def require_passed(compared: Compared) -> None:
     raise CheckFailedError(
         f"The candidate does not pass the gate: {names}.", found="\n            ".join(lines),
         expected="; ".join(f"{v.limit_name} = {getattr(compared.limits, v.limit_name)}" for v in compared.refused),
-        todo="find what changed; where it is meant to be another model: max_drift = false, or save a new baseline",
+        todo="find what changed; where another model is meant: save a new baseline, or switch the drift limits off",
     )  # fmt: skip
 
 

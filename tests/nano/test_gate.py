@@ -12,7 +12,7 @@ import pytest
 
 from nano.baseline import Baseline, Unit
 from nano.errors import BadFileError, RequestError
-from nano.gate import Limits, Verdict, expanded_tail, judge, read_limits, resampled
+from nano.gate import Limits, Verdict, drift_limit, expanded_tail, judge, read_limits, resampled
 
 MODEL = {"path": "m", "fingerprint": "f" * 64, "kind": "int4"}
 DATA = {"files": [{"path": "t", "sha256": "0"}], "tokens": 8192, "sequence_length": 256}
@@ -102,6 +102,24 @@ def test_every_figure_is_what_it_says() -> None:
     assert {verdict.outcome for name, verdict in found.items() if name != "tokens"} == {"failed"}
     direct = replace(after, reference=MODEL)  # the baseline was the reference: its KL is the drift
     assert by_name(judge(before, direct, Limits()))["drift"].value == pytest.approx(0.03)
+
+
+def test_drift_is_held_against_what_the_two_can_agree_to() -> None:
+    one = baseline(np.full(12, 150.0))
+
+    def of(kind: str, activations: str = "float") -> Baseline:
+        return replace(one, model={**MODEL, "kind": kind}, activations=activations)
+
+    assert drift_limit(of("int4"), of("int4")) == drift_limit(of("student"), of("student")) == "max_drift"
+    assert drift_limit(of("int4"), of("executorch")) == drift_limit(of("onnx"), of("onnx")) == "max_runtime_drift"
+    assert drift_limit(of("int4"), of("int4", "int8-ort")) == "max_runtime_drift"
+    assert drift_limit(of("student"), of("int4")) == "", "quantization is meant to move a model"
+    found = by_name(judge(of("student"), of("int4"), Limits()))
+    assert "drift" not in found
+    after = replace(of("onnx"), units=tuple(replace(unit, nll=unit.nll + 0.3) for unit in one.units))
+    (drift,) = (v for v in judge(of("onnx"), after, Limits()) if v.name == "drift")
+    assert (drift.limit, drift.outcome) == (0.0008, "passed")
+    assert drift.value == pytest.approx(0.3**2 / 2 / 100)
 
 
 def test_other_ids_fail_and_too_little_text_is_refused() -> None:
