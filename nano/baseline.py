@@ -143,11 +143,6 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
     write_text_atomically(path, text)
 
 
-def is_baseline(path: Path) -> bool:
-    """Whether a path is a file: a model is always a folder."""
-    return path.is_file()
-
-
 def read_baseline(path: Path) -> Baseline:
     """A file that `nanokit evaluate --save` wrote.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from nano.errors import RequestError
+from nano.errors import BadFileError, RequestError
 from nano.hub import resolve_model
 
 if TYPE_CHECKING:
@@ -156,6 +156,12 @@ def compare(
 
 def _file_or_model(name: str) -> Path:
     path = Path(name).expanduser()
+    if path.suffix == ".json" and not path.exists():
+        raise BadFileError(
+            "There is no such baseline.",
+            found=name,
+            todo="make it with: nanokit evaluate MODEL --data TEXT --save FILE.json",
+        )
     return path if path.is_file() else resolve_model(name)
 
 

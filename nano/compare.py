@@ -113,7 +113,7 @@ def run_compare(
     check_comparable(before, after)
     verdicts = judge(before, after, limits)
     missing = _unjudged(verdicts, limits, named, before, after)
-    if not (verdicts and any(verdict.limit_name != "same_tokens" for verdict in verdicts)):
+    if all(verdict.name == "tokens" and verdict.outcome == "passed" for verdict in verdicts):
         raise RequestError("The gate file leaves nothing to judge.", found=str(gate), todo="set at least one limit")
     return Compared(before, after, limits, tuple(verdicts), missing, time.monotonic() - started)
 
@@ -250,7 +250,8 @@ def require_passed(compared: Compared) -> None:
     raise CheckFailedError(
         f"The candidate does not pass the gate: {names}.", found="\n            ".join(lines),
         expected="; ".join(f"{v.limit_name} = {getattr(compared.limits, v.limit_name)}" for v in compared.refused),
-        todo="find what changed; where another model is meant: save a new baseline, or switch the drift limits off",
+        todo="find what changed; where another model is meant: save a new baseline"
+        + (", or switch the drift limits off" if "drift" in names else ""),
     )  # fmt: skip
 
 

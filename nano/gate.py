@@ -233,16 +233,27 @@ FIGURES = (
 def judge(baseline: Baseline, candidate: Baseline, limits: Limits) -> list[Verdict]:
     """Every figure that both sides have and that has a limit, in the order of FIGURES; tokens first.
 
+    Where the text falls into another number of tokens, that alone is judged.
+
     Raises:
-        RequestError: fewer than MIN_UNITS units to compare.
+        RequestError: fewer than MIN_UNITS units to compare; or other numbers of tokens, and `same_tokens` is off.
     """
-    ours, theirs = paired(baseline, candidate)
+    verdicts = [_same_tokens(baseline, candidate, limits)] if limits.same_tokens else []
+    ours, theirs = baseline.units, candidate.units
+    if [unit.tokens for unit in ours] != [unit.tokens for unit in theirs]:
+        if verdicts:
+            return verdicts
+        raise RequestError(
+            "The two cut the text into other numbers of tokens, so nothing can be compared.",
+            found=f"{sum(unit.tokens for unit in ours):,} tokens in {len(ours)} documents or windows, and "
+            f"{sum(unit.tokens for unit in theirs):,} in {len(theirs)}",
+            todo="compare models with the same tokenizer, at a --sequence-length that both can hold",
+        )
     if len(ours) < MIN_UNITS:
         raise RequestError(
             "There is too little text to judge by.", found=f"{len(ours)} documents or windows",
             expected=f"at least {MIN_UNITS}", todo="give more text, or raise --tokens",
         )  # fmt: skip
-    verdicts = [_same_tokens(baseline, candidate, limits)] if limits.same_tokens else []
     direct = candidate.reference and candidate.reference["fingerprint"] == baseline.model["fingerprint"]
     columns = _columns(ours, theirs, bool(direct))
     drift = drift_limit(baseline, candidate)
@@ -270,15 +281,6 @@ def drift_limit(baseline: Baseline, candidate: Baseline) -> str:
         return ""  # quantizing moves a model: what that may cost is for the other figures
     in_float = all(side.model.get("kind") in ("student", "int4") and side.activations == "float" for side in sides)
     return "max_drift" if in_float else "max_runtime_drift"
-
-
-def paired(baseline: Baseline, candidate: Baseline) -> tuple[Sequence[Unit], Sequence[Unit]]:
-    """The units of both in pairs; where another tokenizer cut the text otherwise, what both certainly hold."""
-    ours, theirs = baseline.units, candidate.units
-    if [unit.tokens for unit in ours] == [unit.tokens for unit in theirs]:
-        return ours, theirs
-    both = max(min(len(ours), len(theirs)) - 1, 0)  # the last one may have been cut short
-    return ours[:both], theirs[:both]
 
 
 def resampled(columns: Columns, resamples: int, seed: int) -> Columns:
@@ -374,9 +376,10 @@ def _same_tokens(baseline: Baseline, candidate: Baseline, limits: Limits) -> Ver
     pairs = list(zip(baseline.units, candidate.units, strict=False))
     other = [theirs for ours, theirs in pairs if ours.ids != theirs.ids]
     share = 1.0 if len(baseline.units) != len(candidate.units) else len(other) / len(pairs)
-    sentence = "the tokenizer gives the same ids"
+    sentence = "the text is the same token ids to both"
     if share:
-        sentence = f"the tokenizer gives other ids in {len(other)} of {len(pairs)} documents"
+        count = f"{len(other)} of {len(pairs)} documents or windows"
+        sentence = f"the text is other token ids in {count}: another tokenizer, or a shorter context"
     worst = tuple(("other ids", unit.words) for unit in other[:WORST])
     return Verdict(
         "tokens", "same_tokens", share, share, share, 0.0, limits.confidence, "failed" if share else "passed",

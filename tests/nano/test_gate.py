@@ -127,6 +127,11 @@ def test_other_ids_fail_and_too_little_text_is_refused() -> None:
     other = replace(one, units=tuple(replace(unit, ids="x") for unit in one.units))
     assert judge(one, other, Limits())[0].outcome == "failed"
     assert "tokens" not in by_name(judge(one, other, Limits(same_tokens=False)))
+    longer = baseline(np.full(12, 150.0), tokens=101)
+    (only,) = judge(one, replace(longer, units=(*longer.units[:11], replace(longer.units[11], ids="x"))), Limits())
+    assert (only.name, only.outcome) == ("tokens", "failed")
+    with pytest.raises(RequestError, match="other numbers of tokens"):
+        judge(one, longer, Limits(same_tokens=False))
     with pytest.raises(RequestError, match="too little text"):
         judge(baseline(np.full(9, 1.0)), baseline(np.full(9, 1.0)), Limits())
 
