@@ -282,7 +282,7 @@ def rows(bench: Bench) -> list[tuple[str, str, str]]:
     def row(label: str, spread: Spread | None, unit: str, factor: float = 1.0) -> tuple[str, str, str]:
         if spread is None:
             return label, "not known here", ""
-        median, least, most = (f"{value * factor:,.4g}" for value in (spread.median, spread.least, spread.most))
+        median, least, most = (_figures(value * factor) for value in (spread.median, spread.least, spread.most))
         return label, f"{median} {unit}", f"{least} to {most}"
 
     mib = 1 / (1 << 20)
@@ -299,6 +299,11 @@ def rows(bench: Bench) -> list[tuple[str, str, str]]:
         row("  clean: the file's pages", bench.clean, "MiB", mib),
         row("  dirty: cannot be dropped", bench.dirty, "MiB", mib),
     ]
+
+
+def _figures(value: float) -> str:
+    """Four figures, never with an exponent: 0.1234, 12.34, 16,180."""
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def as_dict(bench: Bench) -> dict[str, Any]:

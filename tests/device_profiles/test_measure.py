@@ -218,7 +218,8 @@ def test_check_measures_records_and_reports(nanokit: Callable[..., Any], small_b
 def test_check_says_no_after_a_kill(nanokit: Callable[..., Any], small_bundle: Path, lived: Measurement, tmp_path: Path) -> None:  # noqa: E501  # fmt: skip
     phone = tmp_path / "phone.toml"
     fact = 'unit = "kB"\nsource = "a test"\ndate = 2026-01-01\n'
-    phone.write_text(f"[app_dirty_memory]\nvalue = {lived.peak_dirty // 2000}\n{fact}")
+    # An eighth of what it took: below the forecast too, whose error for a bundle this small is large.
+    phone.write_text(f"[app_dirty_memory]\nvalue = {lived.peak_dirty // 8000}\n{fact}")
     junit = tmp_path / "junit.xml"
     failed = nanokit("check", small_bundle, "--profile", phone, "--measure", "--no-record", "--junit", junit)
     assert failed.status == 1

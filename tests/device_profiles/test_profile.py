@@ -122,7 +122,7 @@ def test_binary_or_unreadable_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadFileError, match="not valid TOML"):
         read_profile(path)
-    with pytest.raises(BadFileError, match="no such profile"):
+    with pytest.raises(BadFileError, match=r"(?s)profile cannot be read.*Is a directory"):
         read_profile(tmp_path)
 
 

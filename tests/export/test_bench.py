@@ -97,6 +97,7 @@ def test_the_table_fits_a_terminal(bundle: Callable[[str, str], Path], nanokit: 
     lines = ran.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert any("of the limit" in line and "%" in line for line in lines)
+    assert not any("e+" in line for line in lines), "figures as people read them"
 
 
 def test_memory_is_read_at_a_rate_that_memory_has() -> None:
