@@ -17,9 +17,9 @@ from typing import Any
 
 from distill.options import MEASURES, UNITS, measure_of
 from distill.state import METRICS
+from nano.charts import Series, line_chart, log_ticks, number
 from nano.manifest import Manifest
-from quantize.charts import Series, line_chart, log_ticks, number
-from quantize.page import html_page
+from nano.page import html_page
 
 PAGE, PICTURE = "report.html", "report.png"
 

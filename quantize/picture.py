@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nano.charts import percent
 from nano.families import LAYER_LINEARS
 from nano.figure import AFTER, BEFORE, CHOSEN, INK, MUTED, blank_figure, quiet
-from quantize.charts import percent
 
 if TYPE_CHECKING:
     from quantize.report import Facts

@@ -13,12 +13,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from nano.charts import cell, heat, line_chart, log_ticks, number, percent
 from nano.families import LAYER_LINEARS, layer_prefix
 from nano.folder import human_bytes
 from nano.manifest import Manifest
-from quantize.charts import cell, heat, line_chart, log_ticks, number, percent
+from nano.page import html_page
 from quantize.options import STEPS
-from quantize.page import html_page
 
 PAGE, PICTURE = "report.html", "report.png"
 

@@ -19,7 +19,7 @@ from export.store.reference import default_store, parse_reference
 from export.store.select import Tagged
 from export.store.tables import artifact_row, human_count
 from nano.folder import check_output, human_bytes, staged_folder
-from quantize.page import html_page
+from nano.page import html_page
 
 
 def write_catalog(

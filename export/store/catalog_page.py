@@ -1,4 +1,4 @@
-"""How the catalogue looks and answers: a style sheet over `quantize.page`'s, and the script of its filters."""
+"""How the catalogue looks and answers: a style sheet over `nano.page`'s, and the script of its filters."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from checks import Balanced
 
+from nano.charts import heat, line_chart, log_ticks, percent
 from nano.families import LAYER_LINEARS
 from nano.manifest import Manifest
-from quantize.charts import heat, line_chart, log_ticks, percent
 from quantize.picture import write_picture
 from quantize.report import facts_of, page
 
