@@ -23,6 +23,7 @@ from nano.lm import Logits
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
+Ids = npt.NDArray[np.int64]
 KL_TAIL = {"90.0%": 0.9, "95.0%": 0.95, "99.0%": 0.99, "99.9%": 0.999}
 DP_TAIL = {"99.9%": 0.999, "99.0%": 0.99, "95.0%": 0.95, "90.0%": 0.9, "75.0%": 0.75, "25.0%": 0.25, "10.0%": 0.1,
            "5.0%": 0.05, "1.0%": 0.01, "0.1%": 0.001}  # fmt: skip
@@ -50,6 +51,8 @@ class TokenFigures:
         reference_correct_T: of the reference.
         kl_T: KL(reference || model), nats.
         same_T: whether both have the same most likely token.
+        top_T: the model's most likely token id; None where it is not kept.
+        reference_top_T: of the reference, among the ids that both have.
     """
 
     nll_T: Floats
@@ -59,6 +62,8 @@ class TokenFigures:
     reference_correct_T: Flags | None = None
     kl_T: Floats | None = None
     same_T: Flags | None = None
+    top_T: Ids | None = None
+    reference_top_T: Ids | None = None
 
 
 def token_figures(ids: npt.NDArray[np.int64], logits: Logits, reference: Logits | None = None) -> TokenFigures:
@@ -74,15 +79,14 @@ def token_figures(ids: npt.NDArray[np.int64], logits: Logits, reference: Logits 
     nll, top = -_picked(log_p, target), log_p.argmax(-1)
     correct, confidence = top == target, np.exp(_picked(log_p, top))
     if reference is None:
-        return TokenFigures(nll, correct, confidence)
+        return TokenFigures(nll, correct, confidence, top_T=top)
     width = min(logits.shape[-1], reference.shape[-1])
     log_q = log_softmax(reference[:-1, :width])
     common = log_p if width == logits.shape[-1] else log_softmax(logits[:-1, :width])
     theirs = log_q.argmax(-1)
     kl = (np.exp(log_q) * (log_q - common)).sum(-1)
-    return TokenFigures(
-        nll, correct, confidence, -_picked(log_q, target), theirs == target, kl, common.argmax(-1) == theirs
-    )
+    same = common.argmax(-1) == theirs
+    return TokenFigures(nll, correct, confidence, -_picked(log_q, target), theirs == target, kl, same, top, theirs)
 
 
 def joined(parts: Sequence[TokenFigures]) -> TokenFigures:

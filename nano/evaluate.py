@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nano.baseline import Baseline, Unit, units_of
+from nano.baseline import Baseline, units_of
 from nano.corpus import Windows, cut_windows, describe_data, read_documents
+from nano.divergence import TokenFigures
 from nano.errors import RequestError
 from nano.lm import Activations, LanguageModel, open_model, stage_of
 from nano.manifest import fingerprint
 from nano.metrics import Meter, Scores
 from nano.progress import track
+from nano.tokens import TextTokenizer
 
 BATCH = 16
 SIMULATIONS: dict[str, Activations] = {"executorch": "int8-xnnpack", "onnx": "int8-ort"}
@@ -78,7 +80,7 @@ def evaluate_folders(
         BadFileError: a folder or the text cannot be used.
     """
     options = EvaluateOptions(tokens, sequence_length, activations)
-    return _measured(model_folder, data, reference_folder, options)[0]
+    return measure_folders(model_folder, data, reference_folder, options).scores
 
 
 @dataclass(frozen=True)
@@ -105,25 +107,49 @@ def evaluate_by_document(
         RequestError: the two have different vocabularies.
         BadFileError: a folder or the text cannot be used.
     """
-    scores, units = _measured(model_folder, data, reference_folder, options)
+    found = measure_folders(model_folder, data, reference_folder, options)
     text = describe_data(data, tokens=options.tokens)["files"]
-    return scores, Baseline(
-        model=_entry(model_folder),
+    return found.scores, Baseline(
+        model=model_entry(model_folder),
         data={"files": text, "tokens": options.tokens, "sequence_length": options.sequence_length},
-        units=units,
-        reference=None if reference_folder is None else _entry(reference_folder),
+        units=units_of(found.windows, found.figures, found.tokenizer),
+        reference=None if reference_folder is None else model_entry(reference_folder),
         activations=options.activations,
-        scores=scores.as_dict(),
+        scores=found.scores.as_dict(),
     )
 
 
-def _entry(folder: Path) -> dict[str, str]:
+def model_entry(folder: Path) -> dict[str, str]:
+    """How a record names a model that was measured."""
     return {"path": str(folder), "fingerprint": fingerprint(folder), "kind": stage_of(folder)}
 
 
-def _measured(
+@dataclass(frozen=True)
+class Measured:
+    """What a model said of some text.
+
+    Attributes:
+        scores: over all of it.
+        windows: the token windows.
+        figures: of each window, token by token.
+        tokenizer: that read the text.
+    """
+
+    scores: Scores
+    windows: Windows
+    figures: tuple[TokenFigures, ...]
+    tokenizer: TextTokenizer
+
+
+def measure_folders(
     model_folder: Path, data: Sequence[Path], reference_folder: Path | None, options: EvaluateOptions
-) -> tuple[Scores, tuple[Unit, ...]]:
+) -> Measured:
+    """Open a model (and a reference), cut windows from text that both can hold, and measure every token.
+
+    Raises:
+        RequestError: the two have different vocabularies.
+        BadFileError: a folder or the text cannot be used.
+    """
     documents = read_documents(data)
     ours, theirs = simulation_for(options.activations, model_folder, reference_folder)
     model = open_model(model_folder, activations=ours)
@@ -139,7 +165,7 @@ def _measured(
         finally:
             if reference is not None:
                 reference.close()
-        return meter.scores(), units_of(windows, meter.windows, model.tokenizer)
+        return Measured(meter.scores(), windows, tuple(meter.windows), model.tokenizer)
     finally:
         model.close()
 

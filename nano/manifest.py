@@ -23,6 +23,11 @@ from nano.version import __version__
 
 NAME = "manifest.json"
 SCHEMA_VERSION = 1
+REPEATED_RESULTS = (
+    "parameters", "held_out", "relative_error", "rounding_error", "bits", "bits_per_weight", "kl_before_training",
+    "kl_after_training", "scorecard", "divergence",
+)  # fmt: skip
+"""Figures of an input that whatever is made of it repeats, so that a bundle alone can tell its history."""
 KINDS = ("student", "int4", "bitsandbytes", "executorch", "onnx")
 """Stages' outputs: an HF float folder, a packed HF folder, one of bitsandbytes, a .pte bundle, an ONNX Runtime GenAI
 bundle."""
@@ -151,8 +156,10 @@ def input_entry(folder: Path) -> dict[str, Any]:
     """How a manifest names one input folder: where it lay, its fingerprint, and its own history."""
     entry: dict[str, Any] = {"path": str(folder), "fingerprint": fingerprint(folder)}
     if has_manifest(folder):
-        theirs = read_manifest(folder)
-        entry["manifest"] = {"kind": theirs.kind, "created": theirs.created, "recipe": theirs.recipe, "inputs": theirs.inputs}  # noqa: E501  # fmt: skip
+        theirs = dataclasses.asdict(read_manifest(folder))
+        kept = ("kind", "created", "command", "versions", "data", "shape", "recipe", "inputs")
+        results = {name: theirs["results"][name] for name in REPEATED_RESULTS if name in theirs["results"]}
+        entry["manifest"] = {**{name: theirs[name] for name in kept}, "results": results}
     return entry
 
 
