@@ -1,0 +1,204 @@
+"""A scorecard: what a model said to each question of some tasks, and how good it is at each capability.
+
+A capability's score is the mean over all its questions; its error the standard error of that mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from nano.answering import Likelihood, continuations, likelihoods
+from nano.capabilities import Question, Task, check_tasks
+from nano.lm import LanguageModel
+from nano.progress import Track, track
+from nano.scoring import blanks, require_metric, score_answer
+
+LABEL, SAID = 96, 64
+"""Characters of a question and of an answer that are kept."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, answered.
+
+    Attributes:
+        task: the task's name.
+        index: of the question in its task, counted from 0.
+        hash: of the question.
+        label: how people know the question again.
+        expected: the first right answer.
+        said: what the model said, of a choice its text.
+        score: 0 to 1.
+    """
+
+    task: str
+    index: int
+    hash: str
+    label: str
+    expected: str
+    said: str
+    score: float
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task, scored.
+
+    Attributes:
+        capability: the group that it counts for.
+        metric: of the task.
+        score: mean over its questions, 0 to 1.
+        error: the standard error of that; None where there is one question only.
+        questions: how many.
+        cut: questions whose prompt did not fit the context as a whole.
+    """
+
+    capability: str
+    metric: str
+    score: float
+    error: float | None
+    questions: int
+    cut: int = 0
+
+
+@dataclass(frozen=True)
+class CapabilityScore:
+    """One capability, scored.
+
+    Attributes:
+        score: mean over all questions of its tasks, 0 to 1.
+        error: the standard error of that; None where there is one question only.
+        questions: how many.
+        of_teacher: share of the teacher's score; None where that is not known or 0.
+    """
+
+    score: float
+    error: float | None
+    questions: int
+    of_teacher: float | None = None
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """Scores of one model.
+
+    Attributes:
+        tasks: task name to its score.
+        answers: every question's, task by task.
+        of_teacher: capability to the share of the teacher's score.
+    """
+
+    tasks: Mapping[str, TaskScore]
+    answers: tuple[Answer, ...]
+    of_teacher: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def capabilities(self) -> dict[str, CapabilityScore]:
+        """Capability to its score, in the order of the tasks."""
+        found: dict[str, list[float]] = {}
+        for answer in self.answers:
+            found.setdefault(self.tasks[answer.task].capability, []).append(answer.score)
+        return {
+            name: CapabilityScore(*mean_error(scores), len(scores), self.of_teacher.get(name))
+            for name, scores in found.items()
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a manifest and for `--json`: the scores, without the answers."""
+        return {
+            "capabilities": {name: asdict(score) for name, score in self.capabilities.items()},
+            "tasks": {name: asdict(score) for name, score in self.tasks.items()},
+        }
+
+
+def mean_error(scores: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error."""
+    n, mean = len(scores), sum(scores) / len(scores)
+    return mean, math.sqrt(sum((s - mean) ** 2 for s in scores) / (n - 1) / n) if n > 1 else None
+
+
+def run_tasks(model: LanguageModel, tasks: Sequence[Task]) -> Scorecard:
+    """Ask every question, with progress.
+
+    Raises:
+        RequestError: a task that cannot be run, or does not fit the model's context.
+        MissingExtraError: a metric's library is not installed.
+    """
+    check_tasks(tasks)
+    for task in tasks:
+        require_metric(task.metric)
+    scores, answers = {}, []
+    with track("tasks", sum(len(task.questions) for task in tasks), "questions") as progress:
+        for task in tasks:
+            ask = _choose if task.metric == "choice" else _generate
+            said = ask(model, task, progress)
+            mine = [_answer(task, i, text, score) for i, (text, score, _cut) in enumerate(said)]
+            mean, error = mean_error([answer.score for answer in mine])
+            cut = sum(cut > 0 for _text, _score, cut in said)
+            scores[task.name] = TaskScore(task.capability, task.metric, mean, error, len(mine), cut)
+            answers += mine
+    return Scorecard(scores, tuple(answers))
+
+
+_Reply = tuple[str, float, int]
+"""What was said, its score, and how many ids of the prompt were cut."""
+
+
+def _choose(model: LanguageModel, task: Task, progress: Track) -> list[_Reply]:
+    """The most likely choice of each question; of equal ones the first."""
+    pairs = [
+        (question.contexts[i] if question.contexts else question.prompt, choice)
+        for question in task.questions
+        for i, choice in enumerate(question.choices)
+    ]
+    found = iter(likelihoods(model, pairs))
+    replies = []
+    for question in task.questions:
+        values = [_per_length(next(found), choice, task) for choice in question.choices]
+        chosen = max(range(len(values)), key=lambda i: values[i][0])
+        text = question.contexts[chosen] if question.contexts else question.choices[chosen]
+        replies.append((text, float(chosen == question.right), max(cut for _value, cut in values)))
+        progress.advance(1, note=task.name)
+    return replies
+
+
+def _per_length(found: Likelihood, choice: str, task: Task) -> tuple[float, int]:
+    size = {
+        "none": 1, "tokens": found.tokens, "characters": len(choice.strip()), "bytes": len(choice.strip().encode()),
+    }  # fmt: skip
+    return found.total / max(size[task.length], 1), found.cut
+
+
+def _generate(model: LanguageModel, task: Task, progress: Track) -> list[_Reply]:
+    """The greedy answer to each question."""
+    prompts = [question.prompt for question in task.questions]
+    said = continuations(
+        model, prompts, task.stop, task.max_new_tokens, lambda count: progress.advance(count, note=task.name)
+    )
+    return [(s.text, score_answer(task, q, s.text), s.cut) for s, q in zip(said, task.questions, strict=True)]
+
+
+def _answer(task: Task, index: int, said: str, score: float) -> Answer:
+    question = task.questions[index]
+    return Answer(
+        task.name, index, question.hash, _label(question), _short(_expected(question), SAID), _short(said, SAID), score
+    )
+
+
+def _label(question: Question) -> str:
+    text = blanks(question.label or question.prompt or question.contexts[0])
+    return _short(text, LABEL) if question.label else text[-LABEL:]
+
+
+def _expected(question: Question) -> str:
+    if question.contexts:
+        return question.contexts[question.right]
+    return question.answers[0] if question.answers else ""
+
+
+def _short(text: str, limit: int) -> str:
+    text = blanks(text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
