@@ -14,13 +14,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nano.errors import BadFileError, CheckFailedError, RequestError
 from nano.folder import MIB, human_bytes, sha256_file
+from nano.history import Ancestor, history_of
 from nano.manifest import NAME, Manifest, fingerprint, read_manifest
 from nano.progress import track
 from nano.shapes import read_config
+from nano.untrusted import mapping
 
 if TYPE_CHECKING:
     from export.bundle import Exactness
@@ -43,25 +45,6 @@ class Fault:
     problem: str
     found: str
     expected: str
-
-
-@dataclass(frozen=True)
-class Ancestor:
-    """One step of a folder's history, as its manifest tells it.
-
-    Attributes:
-        role: what it was to the step after it, for instance "int4" or "teacher".
-        kind: the stage that made it; empty where it had no manifest of its own.
-        path: where it lay then.
-        fingerprint: hex sha256 over its files (`nano.manifest.fingerprint`).
-        depth: 1 for the folder's own inputs, 2 for theirs, ...
-    """
-
-    role: str
-    kind: str
-    path: str
-    fingerprint: str
-    depth: int
 
 
 @dataclass(frozen=True)
@@ -168,7 +151,7 @@ def require_verified(verification: Verification, folder: Path) -> None:
 def _entries(manifest: Manifest, folder: Path) -> dict[str, tuple[int, str]]:
     """Files that the manifest names, with their sizes and hashes; each must lie within the folder."""
     entries = {}
-    for name, entry in _mapping(manifest.files).items() or [("files", manifest.files)]:
+    for name, entry in mapping(manifest.files).items() or [("files", manifest.files)]:
         parts = PurePosixPath(name).parts
         within = bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name
         size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, Mapping) else (None, None)
@@ -214,25 +197,6 @@ def unlisted_files(folder: Path, manifest: Manifest) -> tuple[str, ...]:
     return tuple(name for name in found if name != NAME and name not in manifest.files)
 
 
-def history_of(inputs: Any) -> tuple[Ancestor, ...]:
-    """What a folder was made of, and that of what, as the inputs of its manifest tell it."""
-    return tuple(_history(inputs))
-
-
-def _history(inputs: Any, depth: int = 1) -> Iterator[Ancestor]:
-    """What the folder was made of, nearest first, each followed by its own inputs."""
-    for role, entry in _mapping(inputs).items():
-        theirs = _mapping(_mapping(entry).get("manifest"))
-        path, digest = (str(_mapping(entry).get(key, "")) for key in ("path", "fingerprint"))
-        yield Ancestor(role, str(theirs.get("kind", "")), path, digest, depth)
-        yield from _history(theirs.get("inputs"), depth + 1)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    """The value itself where it is a mapping, else an empty one: a manifest may come from anyone."""
-    return value if isinstance(value, Mapping) else {}
-
-
 def _compare(
     folder: Path, manifest: Manifest, against: Path, faults: tuple[Fault, ...]
 ) -> tuple[Exactness | None, bool]:
@@ -244,7 +208,7 @@ def _compare(
     from quantize.packed import Int4Checkpoint
 
     format = next(one for one in FORMATS if one == manifest.kind)
-    recorded = _mapping(_mapping(manifest.inputs).get("int4")).get("fingerprint")
+    recorded = mapping(mapping(manifest.inputs).get("int4")).get("fingerprint")
     same = fingerprint(against) == recorded
     with Int4Checkpoint(against) as checkpoint:
         try:

@@ -119,7 +119,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadFileError("manifest.json is not valid JSON.", found=f"{path}: {error}") from None
     if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION or raw.get("kind") not in KINDS:
         raise BadFileError(

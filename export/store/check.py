@@ -18,9 +18,9 @@ from export.store.layout import Layout
 from export.store.reference import Reference
 from export.store.signing import count_signatures, require_signature
 from export.store.transfer import Meter
-from export.verify import Ancestor, history_of
 from nano.errors import BadFileError, CheckFailedError
 from nano.folder import MIB
+from nano.history import Ancestor, history_of
 from nano.manifest import NAME
 from nano.progress import track
 

@@ -15,6 +15,7 @@ from typing import Any
 from nano.errors import NanokitError
 from nano.manifest import Manifest
 from nano.shapes import ModelShape
+from nano.untrusted import mapping
 
 PREFIX = "io.github.nanokit."
 CREATED = "org.opencontainers.image.created"
@@ -75,9 +76,9 @@ class Facts:
 
 def facts_of(manifest: Manifest) -> Facts:
     """The facts that a bundle's manifest holds."""
-    int4 = _mapping(_mapping(manifest.inputs).get("int4"))
-    theirs = _mapping(int4.get("manifest"))
-    student = _mapping(_mapping(theirs.get("inputs")).get("student"))
+    int4 = mapping(mapping(manifest.inputs).get("int4"))
+    theirs = mapping(int4.get("manifest"))
+    student = mapping(mapping(theirs.get("inputs")).get("student"))
     version = manifest.versions.get("executorch" if manifest.kind == "executorch" else "onnxruntime", "")
     return Facts(
         student=PurePath(str(student.get("path") or int4.get("path") or manifest.shape.get("family", "model"))).name,
@@ -85,8 +86,8 @@ def facts_of(manifest: Manifest) -> Facts:
         format=manifest.kind,
         runtime=f"{manifest.kind} {version}".strip(),
         parameters=_parameters(manifest.shape),
-        context=_whole(_mapping(manifest.footprint).get("context")),
-        method=str(_mapping(theirs.get("recipe")).get("method", "")),
+        context=_whole(mapping(manifest.footprint).get("context")),
+        method=str(mapping(theirs.get("recipe")).get("method", "")),
         created=manifest.created,
         verdicts=_measured(manifest.results),
         scorecard=_scores(manifest.results),
@@ -123,7 +124,7 @@ def read_facts(annotations: Mapping[str, Any]) -> Facts:
 
     verdicts = {}
     for name, raw in _loaded(annotations.get(PREFIX + "verdicts")).items():
-        one = _mapping(raw)
+        one = mapping(raw)
         speed = one.get("tokens_per_second")
         verdicts[str(name)] = Verdict(
             passed=one.get("passed") is True,
@@ -153,12 +154,12 @@ def _measured(results: Mapping[str, Any]) -> dict[str, Verdict]:
     Measured at several contexts, the longest that passed stands; where none did, the shortest.
     """
     found: dict[str, Verdict] = {}
-    for key, raw in _mapping(results.get("checks")).items():
-        measured = _mapping(_mapping(raw).get("measured"))
+    for key, raw in mapping(results.get("checks")).items():
+        measured = mapping(mapping(raw).get("measured"))
         profile, _, context = str(key).rpartition("@")
         if not profile or not isinstance(measured.get("fits"), bool):
             continue
-        phases = [_mapping(p) for p in measured.get("phases") or []]
+        phases = [mapping(p) for p in measured.get("phases") or []]
         speed = next((p.get("units_per_second") for p in phases if p.get("name") == "decode"), 0.0)
         verdict = Verdict(
             passed=measured["fits"],
@@ -185,10 +186,10 @@ def _reason(measured: Mapping[str, Any]) -> str:
 
 def _scores(results: Mapping[str, Any]) -> dict[str, float]:
     """Capability to score, where a scorecard was recorded."""
-    groups = _mapping(_mapping(results.get("scorecard")).get("capabilities"))
+    groups = mapping(mapping(results.get("scorecard")).get("capabilities"))
     found = {}
     for name, entry in groups.items():
-        score = entry if isinstance(entry, (int, float)) else _mapping(entry).get("score")
+        score = entry if isinstance(entry, (int, float)) else mapping(entry).get("score")
         if isinstance(score, (int, float)) and not isinstance(score, bool):
             found[str(name)] = round(float(score), 4)
     return found
@@ -203,13 +204,9 @@ def _parameters(shape: Mapping[str, Any]) -> int:
 
 def _loaded(text: Any) -> Mapping[str, Any]:
     try:
-        return _mapping(json.loads(text)) if isinstance(text, str) else {}
+        return mapping(json.loads(text)) if isinstance(text, str) else {}
     except (ValueError, RecursionError):
         return {}
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _whole(value: Any) -> int:
