@@ -10,17 +10,15 @@ mix-ups, and where a trusted copy of it exists (a registry's digest), against ev
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nano.errors import BadFileError, CheckFailedError, RequestError
-from nano.folder import MIB, human_bytes, sha256_file
+from nano.folder import human_bytes
 from nano.history import Ancestor, history_of
+from nano.integrity import Fault, file_entries, find_faults, unlisted_files
 from nano.manifest import NAME, Manifest, fingerprint, read_manifest
-from nano.progress import track
 from nano.shapes import read_config
 from nano.untrusted import mapping
 
@@ -28,23 +26,6 @@ if TYPE_CHECKING:
     from export.bundle import Exactness
 
 BUNDLES = ("executorch", "onnx")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One file that is not what the manifest says.
-
-    Attributes:
-        file: path within the folder.
-        problem: "missing", "size" or "sha256".
-        found, expected: in plain words.
-    """
-
-    file: str
-    problem: str
-    found: str
-    expected: str
 
 
 @dataclass(frozen=True)
@@ -102,8 +83,8 @@ def verify_bundle(folder: Path, against: Path | None = None) -> Verification:
         )
     if against is not None:
         read_config(against)  # a wrong path is told before gigabytes are hashed
-    entries = _entries(manifest, folder)
-    faults = tuple(_faults(folder, entries))
+    entries = file_entries(manifest, folder)
+    faults = tuple(find_faults(folder, entries))
     exact, same = (None, None) if against is None else _compare(folder, manifest, against, faults)
     return Verification(
         kind=manifest.kind,
@@ -146,55 +127,6 @@ def require_verified(verification: Verification, folder: Path) -> None:
             expected=verification.faults[0].expected,
             todo="copy the folder again, or make it again",
         )
-
-
-def _entries(manifest: Manifest, folder: Path) -> dict[str, tuple[int, str]]:
-    """Files that the manifest names, with their sizes and hashes; each must lie within the folder."""
-    entries = {}
-    for name, entry in mapping(manifest.files).items() or [("files", manifest.files)]:
-        parts = PurePosixPath(name).parts
-        within = bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name
-        size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, Mapping) else (None, None)
-        if not within or not isinstance(size, int) or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-            raise BadFileError(
-                "manifest.json names a file in a form that is not known.",
-                found=f"{folder / NAME}: {name!r}: {entry!r}",
-                expected='a path within the folder, {"sha256": 64 hex digits, "bytes": a number}',
-            )
-        entries[name] = (size, sha256)
-    return entries
-
-
-def _faults(folder: Path, entries: Mapping[str, tuple[int, str]]) -> Iterator[Fault]:
-    """Files that differ, by presence and length before anything is read."""
-    whole = []
-    for name, (size, sha256) in entries.items():
-        path = folder / name
-        if not path.is_file():
-            yield Fault(name, "missing", "no such file", f"{size:,} bytes")
-        elif path.stat().st_size != size:
-            yield Fault(name, "size", f"{path.stat().st_size:,} bytes", f"{size:,} bytes")
-        else:
-            whole.append((name, size, sha256))
-    with track("hash", sum(size for _, size, _ in whole) // MIB or 1, "MiB") as progress:
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            if done // MIB > progress.done:
-                progress.advance(done // MIB - progress.done)
-
-        for name, _, sha256 in whole:
-            found = sha256_file(folder / name, advance)
-            if found != sha256:
-                yield Fault(name, "sha256", f"sha256 {found}", f"sha256 {sha256}")
-
-
-def unlisted_files(folder: Path, manifest: Manifest) -> tuple[str, ...]:
-    """Files below a folder that its manifest does not name."""
-    found = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
-    return tuple(name for name in found if name != NAME and name not in manifest.files)
 
 
 def _compare(

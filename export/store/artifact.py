@@ -138,7 +138,7 @@ def describe_bundle(folder: Path) -> tuple[Artifact, bytes]:
 
 def _require_bundle(folder: Path, manifest: Manifest) -> None:
     from device_profiles.check import check_files
-    from export.verify import unlisted_files
+    from nano.integrity import unlisted_files
 
     if manifest.kind not in BUNDLES:
         raise BadFileError(
