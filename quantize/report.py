@@ -134,6 +134,13 @@ def _figures(facts: Facts) -> str:
 
 
 def _errors(facts: Facts) -> str:
+    panels = error_panels(facts)
+    table = _table(facts, facts.after, 100, "percent")
+    return panels and f"<section><h2>Relative error, layer by layer</h2>{panels}{table}</section>"
+
+
+def error_panels(facts: Facts) -> str:
+    """A curve over the layers for each kind of linear, with what it shows in words; "" where no error is above zero."""
     solved = dict(facts.before) != dict(facts.after)
     values = [v for v in (*facts.before.values(), *facts.after.values()) if v > 0]
     if not values:
@@ -158,10 +165,8 @@ def _errors(facts: Facts) -> str:
         else "Squared error of a linear's weights, as a share of their squared size."
     )
     return (
-        f"<section><h2>Relative error, layer by layer</h2><p>{about} Horizontal: layer. Vertical: logarithmic, the "
-        f'same in every panel.</p><p class="legend">{keys}</p><div class="panels">{"".join(panels)}</div>'
-        + _table(facts, facts.after, 100, "percent")
-        + "</section>"
+        f"<p>{about} Horizontal: layer. Vertical: logarithmic, the same in every panel.</p>"
+        f'<p class="legend">{keys}</p><div class="panels">{"".join(panels)}</div>'
     )
 
 
