@@ -24,6 +24,8 @@ from export.executorch_memory import unlock
 from export.silence import silenced
 from nano.errors import BadFileError, RequestError, require_module
 from nano.lm import Activations, Logits
+from nano.manifest import has_manifest, read_manifest
+from nano.shapes import SLIDING
 from nano.tokens import FILE as TOKENIZER
 from nano.tokens import TextTokenizer, load_tokenizer
 
@@ -34,11 +36,12 @@ class ExecutorchModel:
     Args:
         program: an `ExecuTorchProgram` of the runtime's extension module.
         tokenizer: of the bundle.
+        slides: whether a layer may keep a ring of positions; the program does not say.
     """
 
     activations: Activations = "int8-xnnpack"
 
-    def __init__(self, program: Any, tokenizer: TextTokenizer) -> None:
+    def __init__(self, program: Any, tokenizer: TextTokenizer, slides: bool = True) -> None:
         self.tokenizer = tokenizer
         self.context = int(_constant(program, "get_max_context_len"))
         self.chunk = int(_constant(program, "get_max_seq_len"))
@@ -47,6 +50,7 @@ class ExecutorchModel:
         rows, self.vocab_size = self._forward.method_meta().output_tensor_meta(0).sizes()[-2:]
         self._all = rows == self.chunk
         self._position = 0
+        self._rewindable = self.chunk if slides else self.context
 
     def logits(self, windows: Sequence[npt.NDArray[np.int64]]) -> list[Logits]:
         """See `LanguageModel.logits`: a chunk a call, or a token where the program gives the last row only."""
@@ -62,15 +66,31 @@ class ExecutorchModel:
         self._position = 0
         if not ids:
             raise RequestError("The prompt is empty.", expected="at least one token")
+        return self.extend(ids)
+
+    def decode(self, token: int) -> Logits:
+        """See `LanguageModel.decode`."""
+        return self.extend([token])
+
+    def extend(self, ids: Sequence[int]) -> Logits:
+        """See `LanguageModel.extend`."""
         for start in range(0, len(ids), self.chunk):
             last = self._step(np.asarray(ids[start : start + self.chunk], np.int64))
         row: Logits = last[-1]
         return row
 
-    def decode(self, token: int) -> Logits:
-        """See `LanguageModel.decode`."""
-        row: Logits = self._step(np.array([token], np.int64))[-1]
-        return row
+    def extend_all(self, ids: Sequence[int]) -> Logits:
+        """See `LanguageModel.extend_all`: in chunks, or a token a call where the program gives the last row only."""
+        step = self.chunk if self._all else 1
+        pieces = (np.asarray(ids[i : i + step], np.int64) for i in range(0, len(ids), step))
+        return np.concatenate([self._step(piece) for piece in pieces])
+
+    def rewind(self, length: int) -> bool:
+        """See `LanguageModel.rewind`: the place is a number, but a ring has room for a chunk beyond its window only."""
+        if length and self._position - length > self._rewindable:
+            return False
+        self._position = length
+        return True
 
     def _step(self, ids_T: npt.NDArray[np.int64]) -> Logits:
         """Logits of a call: (T, V), or (1, V) where the program gives the last row only."""
@@ -147,7 +167,8 @@ def open_executorch(folder: Path, tokenizer: TextTokenizer | None = None) -> Exe
             checked = runtime.Verification.InternalConsistency
             program = runtime._load_program(str(folder / MODEL), program_verification=checked)
             unlock(folder / MODEL)
-            model = ExecutorchModel(program, tokenizer or load_tokenizer(folder))
+            slides = not has_manifest(folder) or SLIDING in read_manifest(folder).shape.get("layer_types", (SLIDING,))
+            model = ExecutorchModel(program, tokenizer or load_tokenizer(folder), slides)
             model.prefill([0])  # the first call starts the thread pool, which talks; the next prefill forgets it
         except RuntimeError as error:
             raise BadFileError("ExecuTorch cannot read this bundle.", found=f"{folder / MODEL}: {error}") from None

@@ -44,6 +44,7 @@ class OnnxModel:
         self.activations: Activations = "int8-ort" if facts["activations"] == "int8" else "float"
         self.vocab_size = int(session.get_outputs()[0].shape[-1])
         self._all = facts["logits"] == "all"
+        self._windowed = "cache_slots" in facts
         self._session: Any = session
         self._binding = session.io_binding()
         self._position = 0
@@ -71,15 +72,31 @@ class OnnxModel:
     def prefill(self, ids: Sequence[int]) -> Logits:
         """See `LanguageModel.prefill`; takes the prompt in chunks."""
         self._position = 0
+        return self.extend(ids)
+
+    def decode(self, token: int) -> Logits:
+        """See `LanguageModel.decode`."""
+        return self.extend([token])
+
+    def extend(self, ids: Sequence[int]) -> Logits:
+        """See `LanguageModel.extend`."""
         for start in range(0, len(ids), self.chunk):
             last = self._step(np.asarray(ids[start : start + self.chunk], np.int64))
         row: Logits = last[-1]
         return row
 
-    def decode(self, token: int) -> Logits:
-        """See `LanguageModel.decode`."""
-        row: Logits = self._step(np.array([token], np.int64))[-1]
-        return row
+    def extend_all(self, ids: Sequence[int]) -> Logits:
+        """See `LanguageModel.extend_all`: in chunks, or a token a call where the graph gives the last row only."""
+        step = self.chunk if self._all else 1
+        pieces = (np.asarray(ids[i : i + step], np.int64) for i in range(0, len(ids), step))
+        return np.concatenate([self._step(piece) for piece in pieces])
+
+    def rewind(self, length: int) -> bool:
+        """See `LanguageModel.rewind`: the place is a number, but a windowed cache has evicted what came before."""
+        if length and self._windowed:
+            return False
+        self._position = length
+        return True
 
     def _step(self, ids_T: npt.NDArray[np.int64]) -> Logits:
         """Logits of a call: (T, V), or (1, V) where the graph gives the last row only."""

@@ -9,9 +9,9 @@ Legend: B batch, T positions, V vocabulary.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -58,8 +58,39 @@ class LanguageModel(Protocol):
     def decode(self, token: int) -> Logits:
         """Take one more id; logits (V,) after it."""
 
+    def extend(self, ids: Sequence[int]) -> Logits:
+        """Take more ids, in chunks; logits (V,) after the last one."""
+
+    def extend_all(self, ids: Sequence[int]) -> Logits:
+        """Take more ids; logits (T, V) after each one."""
+
+    def rewind(self, length: int) -> bool:
+        """Forget all but the first `length` ids taken; False, and nothing is done, where its caches cannot."""
+
     def close(self) -> None:
         """Free what it holds."""
+
+
+@runtime_checkable
+class BatchedModel(Protocol):
+    """What a `LanguageModel` may offer besides: many requests in one call."""
+
+    def followed(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[tuple[int, Logits]]:
+        """For each request (ids of a context, ids after it) its number and the logits (T, V) that predict the latter.
+
+        In whatever order is quick; what all contexts begin with is computed once.
+        """
+
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], limit: int, ended: Callable[[int, list[int]], bool]
+    ) -> list[list[int]]:
+        """The likeliest ids after each prompt: at most `limit`, or until `ended` (prompt's number, its new ids)."""
+
+
+def common_length(texts: Sequence[Sequence[int]]) -> int:
+    """How many ids all texts begin with."""
+    shortest = min(texts, key=len)
+    return next((i for i, token in enumerate(shortest) if any(text[i] != token for text in texts)), len(shortest))
 
 
 def stage_of(folder: Path) -> str:

@@ -131,7 +131,8 @@ def run_tasks(model: LanguageModel, tasks: Sequence[Task]) -> Scorecard:
     for task in tasks:
         require_metric(task.metric)
     scores, answers = {}, []
-    with track("tasks", sum(len(task.questions) for task in tasks), "questions") as progress:
+    total = sum(len(question.choices) or 1 for task in tasks for question in task.questions)
+    with track("tasks", total, "answers") as progress:
         for task in tasks:
             ask = _choose if task.metric == "choice" else _generate
             said = ask(model, task, progress)
@@ -154,14 +155,13 @@ def _choose(model: LanguageModel, task: Task, progress: Track) -> list[_Reply]:
         for question in task.questions
         for i, choice in enumerate(question.choices)
     ]
-    found = iter(likelihoods(model, pairs))
+    found = iter(likelihoods(model, pairs, lambda count: progress.advance(count, note=task.name)))
     replies = []
     for question in task.questions:
         values = [_per_length(next(found), choice, task) for choice in question.choices]
         chosen = max(range(len(values)), key=lambda i: values[i][0])
         text = question.contexts[chosen] if question.contexts else question.choices[chosen]
         replies.append((text, float(chosen == question.right), max(cut for _value, cut in values)))
-        progress.advance(1, note=task.name)
     return replies
 
 
