@@ -13,7 +13,7 @@ Legend: T predicted tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,10 @@ Ids = npt.NDArray[np.int64]
 KL_TAIL = {"90.0%": 0.9, "95.0%": 0.95, "99.0%": 0.99, "99.9%": 0.999}
 DP_TAIL = {"99.9%": 0.999, "99.0%": 0.99, "95.0%": 0.95, "90.0%": 0.9, "75.0%": 0.75, "25.0%": 0.25, "10.0%": 0.1,
            "5.0%": 0.05, "1.0%": 0.01, "0.1%": 0.001}  # fmt: skip
+FAR = 20.0
+"""log(p / q), less its mean, from where on an id may have no weight in float32; such a token's KL is float64's."""
+_BLOCK = 1 << 14
+"""Logits that are worked on at a time."""
 BINS = 15
 """Bins of the calibration error, as in Guo et al. 2017 (arXiv:1706.04599), section 3."""
 
@@ -74,19 +78,101 @@ def token_figures(ids: npt.NDArray[np.int64], logits: Logits, reference: Logits 
         logits: (T + 1, V) of the model.
         reference: (T + 1, V') of the reference; the columns both have are compared.
     """
-    target = ids[1:]
-    log_p = log_softmax(logits[:-1])
-    nll, top = -_picked(log_p, target), log_p.argmax(-1)
-    correct, confidence = top == target, np.exp(_picked(log_p, top))
+    target, width = ids[1:], logits.shape[-1]
+    ours = distributions(logits[:-1])
+    nll, correct = ours.nll(target), ours.top_T == target
     if reference is None:
-        return TokenFigures(nll, correct, confidence, top_T=top)
-    width = min(logits.shape[-1], reference.shape[-1])
-    log_q = log_softmax(reference[:-1, :width])
-    common = log_p if width == logits.shape[-1] else log_softmax(logits[:-1, :width])
-    theirs = log_q.argmax(-1)
-    kl = (np.exp(log_q) * (log_q - common)).sum(-1)
-    same = common.argmax(-1) == theirs
-    return TokenFigures(nll, correct, confidence, -_picked(log_q, target), theirs == target, kl, same, top, theirs)
+        return TokenFigures(nll, correct, ours.confidence_T, top_T=ours.top_T)
+    common = min(width, reference.shape[-1])
+    theirs = distributions(reference[:-1, :common])
+    ours_common = ours if common == width else distributions(logits[:-1, :common])
+    return TokenFigures(
+        nll, correct, ours.confidence_T, theirs.nll(target), theirs.top_T == target, _kl(theirs, ours_common),
+        ours_common.top_T == theirs.top_T, ours.top_T, theirs.top_T,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Rows of logits and what makes probabilities of them.
+
+    Attributes:
+        logits_TV: as given.
+        top_T: the likeliest id of each row.
+        high_T: its logit.
+        log_total_T: log of the sum of exp(logit - high), to about 5e-8: its exponentials are float32.
+    """
+
+    logits_TV: Logits
+    top_T: Ids
+    high_T: Floats
+    log_total_T: Floats
+
+    @property
+    def confidence_T(self) -> Floats:
+        """Probability of each row's likeliest id."""
+        found: Floats = np.exp(-self.log_total_T)
+        return found
+
+    def nll(self, id_T: Ids) -> Floats:
+        """Negative log-probability of an id of each row."""
+        return self.log_total_T - self.log_ratios(id_T[:, None])[:, 0]
+
+    def log_ratios(self, id_TK: Ids) -> Floats:
+        """log of the probability of some ids of each row over the likeliest one's."""
+        picked: Floats = np.take_along_axis(self.logits_TV, id_TK, axis=-1).astype(np.float64)
+        return picked - self.high_T[:, None]
+
+
+def distributions(logits_TV: Logits) -> Distributions:
+    """What makes probabilities of rows of logits, a few rows at a time so that they stay in the cache."""
+    top_T = logits_TV.argmax(-1)
+    high_T1 = np.take_along_axis(logits_TV, top_T[:, None], axis=-1)
+    total_T = np.empty(len(logits_TV))
+    for rows in _blocks(logits_TV):
+        total_T[rows] = np.exp(logits_TV[rows] - high_T1[rows]).sum(-1, dtype=np.float64)
+    return Distributions(logits_TV, top_T, high_T1[:, 0].astype(np.float64), np.log(total_T))
+
+
+def _kl(theirs: Distributions, ours: Distributions) -> Floats:
+    """KL(theirs || ours) of each row, (T,), to about a millionth of itself.
+
+    With u = log(p / q) less its mean under q, KL = log(sum q e^u) = log(1 + sum q (e^u - 1 - u)). No term is negative,
+    so float32 is enough however close the two are, where sum q log(q / p) would lose all its digits.
+    """
+    kl_T = np.empty(len(ours.top_T))
+    for rows in _blocks(ours.logits_TV):
+        q_TV = np.exp(theirs.logits_TV[rows] - theirs.high_T[rows, None].astype(np.float32))
+        total_T1 = np.exp(theirs.log_total_T[rows])[:, None]
+        u_TV = ours.logits_TV[rows] - theirs.logits_TV[rows]
+        u_TV -= ((q_TV * u_TV).sum(-1, dtype=np.float64, keepdims=True) / total_T1).astype(np.float32)
+        far_T = u_TV.max(-1) > FAR
+        q_TV *= _exp_beyond_linear(np.minimum(u_TV, FAR, out=u_TV))
+        kl_T[rows] = np.log1p((q_TV.sum(-1, dtype=np.float64, keepdims=True) / total_T1)[:, 0])
+        for t in rows.start + np.flatnonzero(far_T):
+            log_q, log_p = log_softmax(theirs.logits_TV[t]), log_softmax(ours.logits_TV[t])
+            kl_T[t] = (np.exp(log_q) * (log_q - log_p)).sum()
+    return kl_T
+
+
+def _exp_beyond_linear(u: Logits) -> Logits:
+    """e^u - 1 - u; near 0, where that cancels, by its series."""
+    series = np.full_like(u, 1 / 5040)
+    for divisor in (720, 120, 24, 6, 2):
+        series *= u
+        series += np.float32(1 / divisor)
+    series *= u
+    series *= u
+    beyond = np.exp(u)
+    beyond -= 1
+    beyond -= u
+    found: Logits = np.where(np.abs(u) < 0.5, series, beyond)
+    return found
+
+
+def _blocks(logits_TV: Logits) -> Iterator[slice]:
+    step = max(1, _BLOCK // logits_TV.shape[-1])
+    return (slice(start, start + step) for start in range(0, len(logits_TV), step))
 
 
 def joined(parts: Sequence[TokenFigures]) -> TokenFigures:
@@ -164,11 +250,6 @@ def _perplexities(nll_T: Floats, reference_T: Floats) -> dict[str, Figure]:
     if ours.error and theirs.error:
         found["Cor(ln(PPL(Q)), ln(PPL(base)))"] = Figure(covariance / (ours.error * theirs.error))
     return found
-
-
-def _picked(table_TV: Floats, index_T: npt.NDArray[np.int64]) -> Floats:
-    picked: Floats = np.take_along_axis(table_TV, index_T[:, None], axis=-1)[:, 0]
-    return picked
 
 
 def log_softmax(logits_TV: Logits) -> Floats:

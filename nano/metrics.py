@@ -88,9 +88,10 @@ class Meter:
         self._nll += float(found.nll_T.sum())
         if reference is not None:
             width = min(logits.shape[-1], reference.shape[-1])
-            ours, theirs = logits[:-1, :width], reference[:-1, :width]
-            self._difference += float(((ours - theirs).astype(np.float64) ** 2).sum())
-            self._magnitude += float((theirs.astype(np.float64) ** 2).sum())
+            for ours, theirs in zip(logits[:-1, :width], reference[:-1, :width], strict=True):
+                gap = ours - theirs
+                self._difference += float(np.vdot(gap, gap))
+                self._magnitude += float(np.vdot(theirs, theirs))
 
     @property
     def perplexity(self) -> float:

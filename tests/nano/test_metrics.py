@@ -37,8 +37,8 @@ def test_figures_equal_torchs_own() -> None:
         magnitude += float((q**2).sum())
     all_kl = torch.cat(kl)
     assert scores.tokens == 39 + 16
-    assert scores.perplexity == pytest.approx(math.exp(torch.cat(nll).mean()), rel=1e-9)
-    assert scores.kl == pytest.approx(float(all_kl.mean()), rel=1e-9)
+    assert scores.perplexity == pytest.approx(math.exp(torch.cat(nll).mean()), rel=1e-7)
+    assert scores.kl == pytest.approx(float(all_kl.mean()), rel=1e-6)
     assert scores.kl_error == pytest.approx(float(all_kl.std(correction=1) / math.sqrt(len(all_kl))), rel=1e-6)
     assert scores.top1 == pytest.approx(float(torch.cat(same).mean()))
     assert scores.logit_error == pytest.approx(math.sqrt(difference / magnitude), rel=1e-6)
