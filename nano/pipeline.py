@@ -16,17 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nano.capabilities import Task
 from nano.errors import CheckFailedError, NanokitError, RequestError
 from nano.folder import human_bytes, write_text_atomically
 from nano.hub import resolve_model
+from nano.ladder import Ladder, Rung, agreement, draw_ladder, ladder_table
 from nano.manifest import NAME as MANIFEST
-from nano.manifest import fingerprint, has_manifest, read_manifest
+from nano.manifest import add_results, fingerprint, has_manifest, read_manifest
 from nano.progress import emit_json, say, show
-from nano.recipe import BUILTIN_TEACHER, BUILTIN_TEXT, Recipe, StudentWish, read_recipe
+from nano.recipe import BUILTIN_TASKS, BUILTIN_TEACHER, BUILTIN_TEXT, Recipe, StudentWish, read_recipe
+from nano.scorecard import CapabilityScore
 from nano.sources import fingerprints
 from nano.version import __version__
 
 STATE = "build.json"
+PICTURE = "ladder.png"
 
 
 @dataclass
@@ -94,19 +98,27 @@ def run_recipe(path: Path, *, out: Path | None, rebuild: bool, json_mode: bool) 
     """
     start = time.monotonic()
     recipe = read_recipe(path)
+    tasks = _tasks(recipe)
     build = _open_build(recipe, out or Path(recipe.out or f"{recipe.name}-out"), rebuild)
     teacher, data, heldout = _inputs(recipe, build.out)
     _distill_all(build, teacher, data)
+    asked = Asked(tasks, _carded(build, build.out / "scorecard-teacher.json", teacher, Asked(tasks)))
     rows = []
     for wish in recipe.students:
-        rows += _build_student(build, wish, teacher, data, heldout)
+        rows += _build_student(build, wish, teacher, data, heldout, asked)
+    ladder = _ladder(asked, rows)
+    if ladder:
+        draw_ladder(ladder, build.out / PICTURE)
     seconds = time.monotonic() - start
     samples = _sample(recipe, build.out)
     if json_mode:
         counts = {"ran": build.ran, "skipped": build.skipped, "seconds": seconds}
-        emit_json({"recipe": recipe.name, "out": str(build.out), **counts, "artifacts": rows, "sample": samples})
+        drawn = {"ladder": ladder.as_dict()} if ladder else {}
+        emit_json(
+            {"recipe": recipe.name, "out": str(build.out), **counts, "artifacts": rows, **drawn, "sample": samples}
+        )
     else:
-        _print(recipe, build.out, rows, samples)
+        _print(recipe, build.out, rows, samples, ladder)
         say(f"{build.ran} stages run, {build.skipped} unchanged, {seconds:.0f} s; everything is in {build.out}/")
     return 0 if all(row.get("fits") is not False for row in rows) else CheckFailedError.exit_status
 
@@ -163,7 +175,7 @@ def _distill_all(build: Build, teacher: Path, data: list[Path]) -> None:
 
 
 def _build_student(
-    build: Build, wish: StudentWish, teacher: Path, data: list[Path], heldout: list[Path]
+    build: Build, wish: StudentWish, teacher: Path, data: list[Path], heldout: list[Path], asked: Asked
 ) -> list[dict[str, Any]]:
     """A distilled student all the way; a row for each of its artifacts."""
     recipe, home = build.recipe, build.out / wish.name
@@ -172,15 +184,20 @@ def _build_student(
     int4 = home / "int4"
     inputs = {"student": fingerprint(student), "data": data_hashes, "options": recipe.quantize}
     quantize = _door("quantize.run:run_quantize")
+
+    def judged(stage: str, model: Path) -> dict[str, Any]:
+        row = _evaluated(build, wish, home, stage, model, teacher, heldout)
+        return {**row, "capabilities": _carded(build, home / f"scorecard-{stage}.json", model, asked)}
+
+    # A stage is judged before the next is made of it: the next one's manifest repeats its scores.
+    rows = [judged("student", student)]
     build.stage("quantize", int4, inputs, lambda: quantize(student, data, int4, recipe.quantize, force=True))
-    rows = [_evaluated(build, wish, home, "student", student, teacher, heldout)]
-    rows.append(_evaluated(build, wish, home, "int4", int4, teacher, heldout))
+    rows.append(judged("int4", int4))
     for format in recipe.formats:
         bundle = home / format
         inputs = {"int4": fingerprint(int4), "options": recipe.export, "heldout": fingerprints(heldout)}
         _export_stage(build, format, bundle, int4, inputs, heldout)
-        row = _evaluated(build, wish, home, format, bundle, teacher, heldout)
-        rows.append({**row, **_checked(bundle, wish.profile)})
+        rows.append({**judged(format, bundle), **_checked(bundle, wish.profile)})
     return rows
 
 
@@ -222,6 +239,82 @@ def _evaluated(
     return row
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What every model is asked, and what the teacher scored.
+
+    Attributes:
+        tasks: the questions.
+        teacher: capability to the teacher's {"score", "error", "questions"}; empty before it was asked.
+    """
+
+    tasks: tuple[Task, ...]
+    teacher: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _tasks(recipe: Recipe) -> tuple[Task, ...]:
+    """The recipe's questions."""
+    if not recipe.tasks:
+        return ()
+    if recipe.tasks != (BUILTIN_TASKS,):
+        raise RequestError("The recipe's tasks are not known.", found=", ".join(recipe.tasks), expected=BUILTIN_TASKS)
+    tasks: tuple[Task, ...] = _door("nano.demo.tasks:demo_tasks")(recipe.evaluate.questions)
+    return tasks
+
+
+def _carded(build: Build, target: Path, model: Path, asked: Asked) -> dict[str, Any]:
+    """A model's score by capability, from disk where nothing changed, and in its manifest where it has one."""
+    if not asked.tasks:
+        return {}
+    hashes = {task.name: [question.hash for question in task.questions] for task in asked.tasks}
+
+    def make() -> None:
+        from nano.lm import open_model
+        from nano.scorecard import run_tasks
+
+        opened = open_model(model)
+        try:
+            card = run_tasks(opened, asked.tasks)
+        finally:
+            opened.close()
+        share = {
+            name: score.score / asked.teacher[name]["score"]
+            for name, score in card.capabilities.items()
+            if asked.teacher.get(name, {}).get("score")
+        }
+        data = {
+            "tasks": build.recipe.tasks,
+            "questions": build.recipe.evaluate.questions,
+            "sha256": _key("tasks", hashes),
+        }
+        answers = [dataclasses.asdict(answer) for answer in card.answers]
+        found = {
+            "scorecard": {**dataclasses.replace(card, of_teacher=share).as_dict(), "data": data},
+            "answers": answers,
+        }
+        write_text_atomically(target, json.dumps(found, indent=2) + "\n")
+
+    inputs = {"model": fingerprint(model), "questions": hashes, "teacher": asked.teacher}
+    build.stage("ask", target, inputs, make)
+    found: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))["scorecard"]
+    if has_manifest(model) and read_manifest(model).results.get("scorecard") != found:
+        add_results(model, {"scorecard": found})
+    capabilities: dict[str, Any] = found["capabilities"]
+    return capabilities
+
+
+def _ladder(asked: Asked, rows: list[dict[str, Any]]) -> Ladder | None:
+    """The ladder of all that was made, where there were questions."""
+    if not asked.tasks:
+        return None
+    rungs = tuple(Rung(row["student"], row["stage"], _scored(row["capabilities"])) for row in rows)
+    return Ladder(_scored(asked.teacher), rungs)
+
+
+def _scored(capabilities: Mapping[str, Any]) -> dict[str, CapabilityScore]:
+    return {name: CapabilityScore(**score) for name, score in capabilities.items()}
+
+
 def _checked(bundle: Path, profile: str | None) -> dict[str, Any]:
     """A bundle's memory verdict on the phone it is for."""
     if profile is None:
@@ -248,7 +341,9 @@ def _sample(recipe: Recipe, out: Path) -> dict[str, str]:
     return texts
 
 
-def _print(recipe: Recipe, out: Path, rows: list[dict[str, Any]], samples: dict[str, str]) -> None:
+def _print(
+    recipe: Recipe, out: Path, rows: list[dict[str, Any]], samples: dict[str, str], ladder: Ladder | None
+) -> None:
     from rich.table import Table
 
     table = Table(title=f"{recipe.name}: what was made, in {out}/", title_justify="left")
@@ -260,5 +355,8 @@ def _print(recipe: Recipe, out: Path, rows: list[dict[str, Any]], samples: dict[
         table.add_row(f"{row['student']}/{row['stage']}", human_bytes(row["bytes"]), *figures, phone)
     table.caption = f"perplexity of the teacher: {rows[0]['reference_perplexity']:.3f}"
     show(table)
+    if ladder:
+        show(ladder_table(ladder))
+        say(f"{agreement(ladder)}; the ladder is drawn in {out / PICTURE}")
     for name, text in samples.items():
         say(f"{name} says: {text}")

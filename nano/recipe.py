@@ -5,6 +5,7 @@ name = "stories"
 teacher = "path/or/hub-id"          # or "builtin:demo-teacher"
 data = ["train.jsonl"]              # text for distillation and calibration, or "builtin:demo-text"
 heldout = ["heldout.jsonl"]         # text for evaluation, never trained on
+tasks = "builtin:demo-tasks"        # questions by capability: prints and draws the ladder (may be left out)
 prompt = "Once upon a time"
 
 [[student]]
@@ -41,6 +42,7 @@ from nano.errors import RequestError
 from nano.toml import read_toml
 
 BUILTIN_TEACHER, BUILTIN_TEXT = "builtin:demo-teacher", "builtin:demo-text"
+BUILTIN_TASKS = "builtin:demo-tasks"
 FORMATS = ("executorch", "onnx")
 _STAGES = {
     "distill": "distill.options:DistillOptions",
@@ -66,10 +68,12 @@ class EvaluateOptions:
     Attributes:
         tokens: how many held-out tokens each model predicts.
         sequence_length: longest window.
+        questions: of each task, at most.
     """
 
     tokens: int = 4096
     sequence_length: int = 256
+    questions: int = 48
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Recipe:
     teacher: str
     data: tuple[str, ...]
     heldout: tuple[str, ...]
+    tasks: tuple[str, ...]
     students: tuple[StudentWish, ...]
     formats: tuple[str, ...]
     prompt: str
@@ -98,7 +103,7 @@ def read_recipe(path: Path) -> Recipe:
         RequestError: an unknown key, a wrong type, or something needed is missing; names the table and the key.
     """
     raw = read_toml(path, "recipe")
-    known = {"name", "teacher", "data", "heldout", "student", "prompt", "out", "evaluate", *_STAGES}
+    known = {"name", "teacher", "data", "heldout", "tasks", "student", "prompt", "out", "evaluate", *_STAGES}
     _check_keys("recipe", raw, known)
     if not isinstance(raw.get("student"), list) or not raw["student"]:
         raise RequestError("The recipe names no student.", expected="at least one [[student]] table with name and size")
@@ -121,6 +126,7 @@ def read_recipe(path: Path) -> Recipe:
         teacher=_place(_text(raw, "teacher"), path.parent),
         data=_places(raw, "data", path.parent),
         heldout=() if raw.get("data") == BUILTIN_TEXT else _places(raw, "heldout", path.parent),
+        tasks=_places(raw, "tasks", path.parent) if "tasks" in raw else (),
         students=students,
         formats=formats,
         prompt=_text(raw, "prompt", "The"),
