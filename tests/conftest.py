@@ -51,6 +51,12 @@ def tinystories() -> Path:
     return shared_data("text/tinystories.jsonl")
 
 
+@pytest.fixture(scope="session")
+def eval_data() -> Path:
+    """Public test sets, as they are on disk: arc_easy.jsonl, bbh/, mbpp.jsonl, ..."""
+    return shared_data("eval")
+
+
 _FAMILY_EXTRAS: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 16},
     "qwen3": {"head_dim": 32},
