@@ -1,7 +1,7 @@
 """The process that runs generated code; started by `nano.sandbox` as a script, with a job as JSON on stdin.
 
-Standard library only. Everything that code may import is imported before rights are dropped, since the interpreter's own
-files may not be readable afterwards.
+Standard library only. What code is likely to import is imported before rights are dropped, since the interpreter's
+own files may not be readable afterwards.
 """
 
 import ctypes
@@ -12,9 +12,10 @@ import sys
 from typing import Any
 
 COMMON = (
-    "_strptime abc array bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools heapq "
-    "itertools math numbers operator pathlib queue random re statistics string textwrap time typing unicodedata"
-).split()
+    "_strptime", "abc", "array", "bisect", "calendar", "cmath", "collections", "copy", "dataclasses", "datetime",
+    "decimal", "enum", "fractions", "functools", "heapq", "itertools", "math", "numbers", "operator", "pathlib", "queue",
+    "random", "re", "statistics", "string", "textwrap", "time", "typing", "unicodedata",
+)  # fmt: skip
 NOBODY = 65534
 NEW_USER, NEW_NET = 0x10000000, 0x40000000  # linux/sched.h
 NO_NEW_PRIVILEGES, DEATH_SIGNAL = 38, 1  # linux/prctl.h
