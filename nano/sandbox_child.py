@@ -13,8 +13,8 @@ from typing import Any
 
 COMMON = (
     "_strptime", "abc", "array", "bisect", "calendar", "cmath", "collections", "copy", "dataclasses", "datetime",
-    "decimal", "enum", "fractions", "functools", "heapq", "itertools", "math", "numbers", "operator", "pathlib", "queue",
-    "random", "re", "statistics", "string", "textwrap", "time", "typing", "unicodedata",
+    "decimal", "enum", "fractions", "functools", "heapq", "itertools", "math", "numbers", "operator", "pathlib",
+    "queue", "random", "re", "statistics", "string", "textwrap", "time", "typing", "unicodedata",
 )  # fmt: skip
 NOBODY = 65534
 NEW_USER, NEW_NET = 0x10000000, 0x40000000  # linux/sched.h
