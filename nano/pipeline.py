@@ -213,25 +213,25 @@ def _export_stage(
 def _evaluated(
     build: Build, wish: StudentWish, home: Path, stage: str, model: Path, teacher: Path, heldout: list[Path]
 ) -> dict[str, Any]:
-    """A model's scores against the teacher, from disk where nothing changed."""
-    from nano.evaluate import evaluate_folders
+    """A model's scores against the teacher, from disk where nothing changed, and in its manifest where it has one."""
+    from nano.evaluate import EvaluateOptions, measure_folders
+    from nano.report_measure import describe_divergence
 
-    options = build.recipe.evaluate
+    options = EvaluateOptions(build.recipe.evaluate.tokens, build.recipe.evaluate.sequence_length)
     target = home / f"scores-{stage}.json"
 
     def make() -> None:
-        scores = evaluate_folders(
-            model,
-            heldout,
-            reference_folder=teacher,
-            tokens=options.tokens,
-            sequence_length=options.sequence_length,
-        )
-        write_text_atomically(target, json.dumps(scores.as_dict(), indent=2) + "\n")
+        measured = measure_folders(model, heldout, teacher, options)
+        found = {**measured.scores.as_dict(), "divergence": describe_divergence(measured, teacher, heldout, options)}
+        write_text_atomically(target, json.dumps(found, indent=2) + "\n")
 
-    inputs = {"model": fingerprint(model), "teacher": fingerprint(teacher), "options": dataclasses.asdict(options)}
+    settings = dataclasses.asdict(build.recipe.evaluate)
+    inputs = {"model": fingerprint(model), "teacher": fingerprint(teacher), "options": settings}
     build.stage("evaluate", target, {**inputs, "heldout": fingerprints(heldout)}, make)
     scores = json.loads(target.read_text(encoding="utf-8"))
+    divergence = scores.pop("divergence", None)
+    if divergence and has_manifest(model) and read_manifest(model).results.get("divergence") != divergence:
+        add_results(model, {"divergence": divergence})
     size = sum(p.stat().st_size for p in model.rglob("*") if p.is_file())
     row = {"student": wish.name, "stage": stage, "path": str(model), "bytes": size, **scores}
     if has_manifest(model):

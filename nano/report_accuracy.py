@@ -20,11 +20,11 @@ TAIL = (("Median KLD", 0.5, "50"), ("90.0% KLD", 0.9, "90"), ("95.0% KLD", 0.95,
         ("99.9% KLD", 0.999, "99.9"))  # fmt: skip
 ROWS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("KL(reference ‖ model), nats a token", (
-        ("Mean KLD", "mean"), ("Median KLD", "median"), ("90.0% KLD", "90 %"), ("95.0% KLD", "95 %"),
-        ("99.0% KLD", "99 %"), ("99.9% KLD", "99.9 %"), ("Maximum KLD", "largest"))),
+        ("Mean KLD", "mean"), ("Median KLD", "median"), ("90.0% KLD", "90th percentile"),
+        ("95.0% KLD", "95th"), ("99.0% KLD", "99th"), ("99.9% KLD", "99.9th"), ("Maximum KLD", "largest"))),
     ("Change of the right token’s probability", (
-        ("Mean Δp", "mean"), ("RMS Δp", "root mean square"), ("0.1% Δp", "0.1 %"), ("1.0% Δp", "1 %"),
-        ("5.0% Δp", "5 %"), ("Median Δp", "median"), ("95.0% Δp", "95 %"), ("99.0% Δp", "99 %"))),
+        ("Mean Δp", "mean"), ("RMS Δp", "root mean square"), ("0.1% Δp", "0.1th percentile"),
+        ("1.0% Δp", "1st"), ("5.0% Δp", "5th"), ("Median Δp", "median"), ("95.0% Δp", "95th"), ("99.0% Δp", "99th"))),
     ("Agreement", (
         ("Same top p", "same most likely token"), ("Flips", "right in one, wrong in the other"),
         ("Mean PPL(Q)", "perplexity"), ("Mean PPL(base)", "perplexity of the reference"),
@@ -174,8 +174,8 @@ def flips(report: Report) -> str:
         none = f"No token that {one.reference} has right is wrong in the {one.stage}." if not one.lost else "Their texts were not recorded."  # noqa: E501  # fmt: skip
         return section("flips", "Worst flips", f"<p>{escape(none)}</p>")
     about = (
-        f"{plural(one.lost, 'token')} of {one.tokens:,} that {one.reference} has right the {one.stage} has wrong, and "
-        f"{one.gained:,} the other way round. These lost most:"
+        f"Of {one.tokens:,} tokens {one.lost:,} are right in {one.reference} and wrong here, {one.gained:,} the other way "
+        "round. These lost most: green the right token, struck out what is said instead."
     )
     listed = "".join(f"<li>{_flip(flip)}</li>" for flip in one.flips)
     return section("flips", "Worst flips", f'<p>{escape(about)}</p><ol class="flips">{listed}</ol>')
@@ -185,8 +185,8 @@ def _flip(flip: Flip) -> str:
     right, said = (escape(_visible(text)) for text in (flip.right, flip.said))
     return (
         f'<span class="before">…{escape(_line(flip.before))}</span><ins title="right">{right}</ins> <del title="said">{said}</del>'
-        f"<small>right token: {percent(flip.reference_p)} in the reference, {percent(flip.right_p)} here; "
-        f"said instead with {percent(flip.said_p)}</small>"
+        f"<small>right: {percent(flip.reference_p)} in the reference, {percent(flip.right_p)} here; "
+        f"said instead: {percent(flip.said_p)}</small>"
     )
 
 

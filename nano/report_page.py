@@ -117,7 +117,7 @@ def _figures(report: Report) -> str:
         shown.append(("fits", f"{fit} of {len(report.phones.phones)}", f"phones, at context {report.phones.context:,}"))
     decoding = number(mapping(report.bench.get("decoding")).get("median"))
     if decoding is not None:
-        shown.append(("decode", f"{short(decoding)} tokens/s", "on the measuring machine"))
+        shown.append(("decode, tokens/s", short(decoding), "on the measuring machine"))
     return key_figures(shown)
 
 
@@ -144,7 +144,7 @@ def _exactness(report: Report) -> str:
         return section("exact", heading, said, todo)
     tokens = whole(report.parity.get("tokens"))
     on = f", on {tokens:,} tokens" if tokens else ""
-    head = "".join(f'<th scope="col">{words}</th>' for words in ("same top token", "logit error", "KL"))
+    head = "".join(f'<th scope="col">{words}</th>' for words in ("same top", "logit error", "KL"))
     table = f'<div class="wide"><table class="numbers"><caption>Its runtime against the int4 model in torch{on}</caption><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'  # noqa: E501  # fmt: skip
     return section("exact", heading, said, table)
 

@@ -46,13 +46,11 @@ def memory(report: Report) -> str:
     )
     if found.planned:
         about += " There is no bundle yet: this is a plan with int4 linears in groups of 32."
-    limits = [mapping(one).get("allowed") for phone in found.phones for one in phone.limits.values()]
-    known = [limit for limit in limits if limit]
+    known = [one["allowed"] for phone in found.phones for one in phone.limits.values() if one["allowed"]]
     drawn = bool(known) and found.resident >= TOO_SMALL * min(known)
-    full = max([found.resident, *known]) if known else found.resident
     order = sorted(found.phones, key=_rank)
     most = whole(report.own.shape.get("max_positions")) or 0
-    listed = "".join(_phone(phone, found, full, drawn, most) for phone in order)
+    listed = "".join(_phone(phone, found, drawn, most) for phone in order)
     rest = f"<p><small>Not judged: {escape(_listed(found.unjudged))}.</small></p>" if found.unjudged else ""
     measured = any(phone.measured for phone in found.phones)
     todo = "" if measured or found.planned else missing(
@@ -102,7 +100,7 @@ def _marks(drawn: bool, measured: bool) -> str:
     return f'<p class="legend marks">{keys}</p>'
 
 
-def _phone(phone: Phone, found: Phones, full: float, drawn: bool, most: int) -> str:
+def _phone(phone: Phone, found: Phones, drawn: bool, most: int) -> str:
     verdict = "fits" if phone.fits else "does not fit"
     if phone.measured and phone.measured.context == found.context:
         verdict += ", measured"
@@ -111,6 +109,7 @@ def _phone(phone: Phone, found: Phones, full: float, drawn: bool, most: int) -> 
     said = f"{phone.name}: {_bytes(found.resident)} of " + " and ".join(
         f"{_bytes(size)} that may be {name}" for name, size in marks
     )
+    full = 1.02 * max([float(found.resident), *(size for _name, size in marks)])  # the last mark is not cut in half
     bar = stacked_bar(dict(found.causes), full, said, marks, dot) if drawn and marks else ""
     return (
         f'<li><p class="head"><b>{escape(phone.name)}</b><small>{escape(phone.title)}</small><span class="{"pass" if phone.fits else "fail"}">'
@@ -152,7 +151,7 @@ def _bench(report: Report) -> str:
     bench = report.bench
     shown = []
     rows = (
-        ("decoding", "decode", 1.0, "tokens/s"), ("prefill", "prefill", 1.0, "tokens/s"),
+        ("decoding", "decode, tokens/s", 1.0, ""), ("prefill", "prefill, tokens/s", 1.0, ""),
         ("first_token", "time to first token", 1.0, "s"), ("load", "load", 1.0, "s"),
         ("peak", "peak resident", 1e-6, "MB"), ("limit_fraction", "of the memory bus", 100.0, "%"),
     )  # fmt: skip
@@ -161,7 +160,7 @@ def _bench(report: Report) -> str:
         median, least, most = (number(spread.get(key)) for key in ("median", "least", "most"))
         if median is not None:
             span = "" if least is None or most is None else f"{short(least * factor)} to {short(most * factor)}"
-            shown.append((words, f"{short(median * factor)} {unit}", span))
+            shown.append((words, f"{short(median * factor)} {unit}".strip(), span))
     if not shown:
         if report.kind not in RUNTIMES:
             return ""

@@ -34,23 +34,23 @@ nav a { margin-right: 14px; white-space: nowrap; }
 .strip .peak { stroke: var(--mark); stroke-width: 9; stroke-linecap: round; }
 .strip .inner { stroke: var(--page); stroke-width: 4; stroke-linecap: round; }
 .ladders { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 290px), 1fr)); gap: 22px 32px;
-  margin: 14px 0 20px; }
+  margin: 14px 0 20px; align-items: start; }
 .ladder { width: 100%; } .ladder caption { color: var(--ink); font-size: .95rem; font-weight: 600; padding-bottom: 2px; }
 .ladder caption small { font-weight: 400; }
 .ladder th, .ladder td { padding: 2px 0; border: 0; vertical-align: middle; }
 .ladder th { width: 6.4em; padding-right: 8px; color: var(--ink); } .ladder td + td { width: 3.4em; text-align: right; }
-.ladder td + td + td { width: 5.4em; padding-left: 6px; color: var(--muted); }
+.ladder td + td + td { width: 6.2em; padding-left: 4px; color: var(--muted); white-space: nowrap; }
 .divergence td, .numbers td, .numbers thead th:not(:first-child), .divergence thead th:not(:first-child) {
   text-align: right; white-space: nowrap; }
 .divergence td small { margin-left: 6px; } .numbers td small { display: block; }
-.speeds { width: 100%; max-width: 720px; } .speeds .range { width: 50%; } .speeds small { white-space: nowrap; }
+.speeds { --colour: var(--int4); width: 100%; max-width: 720px; } .speeds .range { width: 50%; } .speeds small { white-space: nowrap; }
 .divergence tbody th, .numbers tbody th { color: var(--ink); }
 .divergence .group th { color: var(--muted); padding-top: 12px; white-space: normal; }
 .divergence tr > :last-child, .numbers tr > :last-child { padding-right: 0; }
 .curve { align-items: start; } .curve > .wide { max-width: 100%; min-width: 0; }
 .flips { padding-left: 1.6em; max-width: 82ch; } .flips li { margin-bottom: 12px; overflow-wrap: anywhere; }
 .flips .before { color: var(--muted); } .flips small { display: block; }
-.flips ins, .flips del { padding: 0 3px; border-radius: 3px; text-decoration: none; white-space: pre-wrap; color: #fff; }
+.flips ins, .flips del { display: inline-block; line-height: 1.35; padding: 0 3px; border-radius: 3px; text-decoration: none; white-space: pre-wrap; color: #fff; }
 .flips ins { background: #1a7f42; } .flips del { background: #b42318; text-decoration: line-through; }
 .causes { display: grid; gap: 4px 22px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr));
   list-style: none; margin: 8px 0 20px; padding: 0; font-size: .85rem; }
@@ -63,7 +63,7 @@ nav a { margin-right: 14px; white-space: nowrap; }
 .marks span { white-space: nowrap; } .marks svg { display: inline-block; width: 18px; height: 12px; vertical-align: -1px; }
 .phones, .chain, .provenance { list-style: none; margin: 0; padding: 0; }
 .phones { display: grid; gap: 18px 36px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
-.phones li { min-width: 0; } .phones p { margin: 0; max-width: none; }
+.phones + p { margin-top: 16px; } .phones li { min-width: 0; } .phones p { margin: 0; max-width: none; }
 .phones .head { display: flex; gap: 0 10px; align-items: baseline; } .phones .head small { flex: 1; }
 .phones .head span { white-space: nowrap; } .phones .strip { margin: 2px 0; }
 .phones .said { font-size: .85rem; color: var(--muted); margin-top: 3px; } .phones .said b { color: var(--ink); }
@@ -86,9 +86,11 @@ footer { margin-top: 48px; padding-top: 12px; border-top: 1px solid var(--line);
   .provenance dl { grid-template-columns: 90px minmax(0, 1fr); } .provenance dd { margin: 0; }
 }
 @media (max-width: 560px) {
-  .divergence td small { display: block; margin: 0; }
+  .divergence td small { display: block; margin: 0; } .panels svg text { font-size: 11.5px; }
+  .speeds td:last-child small { display: none; } .speeds .range { width: 42%; }
+  .phones .head { flex-wrap: wrap; } .phones .head b { flex: 1; } .phones .head small { order: 1; flex: 1 0 100%; }
   .chain { flex-direction: column; } .chain li + li::before { content: "↓"; margin: 0 10px 0 0; }
-  .divergence th, .divergence td { padding-right: 10px; } .flips { padding-left: 1.3em; }
+  :is(.divergence, .numbers) :is(th, td) { padding-right: 10px; } .flips { padding-left: 1.3em; }
   .files thead { display: none; } .files tr { display: block; border-bottom: 1px solid var(--line); padding: 6px 0; }
   .files :is(th, td) { display: block; border: 0; padding: 0; }
 }
