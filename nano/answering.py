@@ -163,8 +163,8 @@ def split(model: LanguageModel, prompt: str, continuation: str) -> tuple[list[in
     return context, ids, cut
 
 
-def fitted(ids: list[int], room: int, tokenizer: TextTokenizer) -> tuple[list[int], int]:
-    """The end of a prompt's ids that fits, behind the beginning id where there is one; and how many were cut."""
+def fitted(ids: list[int], room: int, tokenizer: TextTokenizer, *, cut_middle: bool = False) -> tuple[list[int], int]:
+    """What fits of a prompt's ids, and how many were cut: behind the beginning id, or in the middle."""
     cut = len(ids) - room
     if cut <= 0:
         return ids, 0
@@ -174,6 +174,8 @@ def fitted(ids: list[int], room: int, tokenizer: TextTokenizer) -> tuple[list[in
             "The model's context is too short for this task.", found=f"room for {max(room, 0)} tokens of the prompt",
             todo="leave the task out, or lower its max_new_tokens",
         )  # fmt: skip
+    if cut_middle:
+        head = ids[: room // 2]
     return [*head, *ids[len(ids) - (room - len(head)) :]], cut
 
 
@@ -190,6 +192,8 @@ def continuations(
     stop: Sequence[str],
     max_new_tokens: int,
     done: Done = lambda count: None,
+    *,
+    cut_middle: bool = False,
 ) -> list[Said]:
     """The greedy continuation of each prompt, up to a stop text, an end id or so many tokens.
 
@@ -197,7 +201,8 @@ def continuations(
         RequestError: a prompt is empty where the model has no beginning id, or the context is too short.
     """
     tokenizer = model.tokenizer
-    fits = [fitted(tokenizer.prompt(prompt), model.context - max_new_tokens, tokenizer) for prompt in prompts]
+    room = model.context - max_new_tokens
+    fits = [fitted(tokenizer.prompt(prompt), room, tokenizer, cut_middle=cut_middle) for prompt in prompts]
     if not all(ids for ids, _cut in fits):
         raise RequestError("A prompt is empty, and this model has no beginning id.")
 
@@ -211,10 +216,7 @@ def continuations(
         return end
 
     asked = [ids for ids, _cut in fits]
-    if isinstance(model, BatchedModel):
-        found = model.greedy(asked, max_new_tokens, ended)
-    else:
-        found = _greedy(model, asked, ended)
+    found = greedy_ids(model, asked, max_new_tokens, ended)
     said = []
     for (ids, cut), new in zip(fits, found, strict=True):
         kept = new[:-1] if new[-1] in tokenizer.eos_ids else new
@@ -222,14 +224,17 @@ def continuations(
     return said
 
 
-def _greedy(
-    model: LanguageModel, prompts: Sequence[list[int]], ended: Callable[[int, list[int]], bool]
+def greedy_ids(
+    model: LanguageModel, prompts: Sequence[list[int]], limit: int, ended: Callable[[int, list[int]], bool]
 ) -> list[list[int]]:
+    """The likeliest ids after each prompt's ids: `limit`, or until `ended` (prompt's number, its new ids so far)."""
+    if isinstance(model, BatchedModel):
+        return model.greedy(prompts, limit, ended)
     held = _Held(model)
     found = []
     for number, ids in enumerate(prompts):
         new = [int(held.after(ids).argmax())]
-        while not ended(number, new):
+        while not ended(number, new) and len(new) < limit:
             new.append(int(held.decode(new[-1]).argmax()))
         found.append(new)
     return found

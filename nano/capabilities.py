@@ -75,6 +75,7 @@ class Task:
         max_new_tokens: longest answer.
         length: for "choice": what a log-likelihood is divided by.
         normalise: for "exact".
+        cut: where a prompt that does not fit the model's context is cut.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Task:
     max_new_tokens: int = 32
     length: Length = "none"
     normalise: Normalise = "space"
+    cut: Literal["beginning", "middle"] = "beginning"
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:

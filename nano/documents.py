@@ -99,7 +99,8 @@ def _text_file(path: Path, compressed: bool) -> Iterator[Document]:
             while not first and (line := file.readline(BIG)):
                 first = line.removeprefix(b"\xef\xbb\xbf").strip()
         if _is_object(first.decode("utf-8")):
-            yield from _json_lines(path, compressed)
+            documents = (record_document(record, where) for where, record in _json_lines(path, compressed))
+            yield from (document for document in documents if document is not None)
         elif first.startswith(b"[") and (records := _list_of_objects(path, compressed)) is not None:
             found = (record_document(r, f"{path}, record {i}") for i, r in enumerate(records, 1))
             yield from (document for document in found if document is not None)
@@ -115,7 +116,42 @@ def _open(path: Path, compressed: bool) -> BinaryIO:
     return gzip.open(path) if compressed else path.open("rb")  # type: ignore[return-value]
 
 
-def _json_lines(path: Path, compressed: bool) -> Iterator[Document]:
+def iter_records(path: Path, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, record) of every record of a JSONL, JSON or parquet file, as it is.
+
+    Args:
+        path: the file.
+        key: for a JSON object: where its list of records lies.
+
+    Raises:
+        BadFileError: none of these forms, or broken.
+        MissingExtraError: parquet without pyarrow.
+    """
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head == _PARQUET:
+        rows = require_module("pyarrow.parquet", "data").read_table(path).to_pylist()
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+        return
+    compressed = head[:2] == _GZIP
+    try:
+        if key:
+            with _open(path, compressed) as file:
+                whole = json.loads(file.read().decode("utf-8-sig"))
+            found = whole.get(key) if isinstance(whole, dict) else None
+        else:
+            found = _list_of_objects(path, compressed)
+        if found is None and not key:
+            yield from _json_lines(path, compressed)
+        elif isinstance(found, list) and all(isinstance(record, dict) for record in found):
+            yield from ((f"{path}, record {number}", record) for number, record in enumerate(found, 1))
+        else:
+            raise BadFileError("A JSON file has no list of records.", found=f"{path}: key {key!r}")
+    except (UnicodeDecodeError, json.JSONDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise BadFileError("A data file cannot be read.", found=f"{path}: {error}", expected="JSONL, JSON or parquet") from None  # noqa: E501  # fmt: skip
+
+
+def _json_lines(path: Path, compressed: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     with _open(path, compressed) as file:
         for number, line in enumerate(file, 1):
             where, text = f"{path}, line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -127,8 +163,7 @@ def _json_lines(path: Path, compressed: bool) -> Iterator[Document]:
                 raise BadFileError("A JSONL file has a broken line.", found=f"{where}: {error}") from None
             if not isinstance(record, dict):
                 raise BadFileError("A JSONL line is no object.", found=f"{where}: {text[:60].strip()}")
-            if (document := record_document(record, where)) is not None:
-                yield document
+            yield where, record
 
 
 def _plain(path: Path, compressed: bool) -> Iterator[str]:

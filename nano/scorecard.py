@@ -176,8 +176,9 @@ def _generate(model: LanguageModel, task: Task, progress: Track) -> list[_Reply]
     """The greedy answer to each question."""
     prompts = [question.prompt for question in task.questions]
     said = continuations(
-        model, prompts, task.stop, task.max_new_tokens, lambda count: progress.advance(count, note=task.name)
-    )
+        model, prompts, task.stop, task.max_new_tokens, lambda count: progress.advance(count, note=task.name),
+        cut_middle=task.cut == "middle",
+    )  # fmt: skip
     return [(s.text, score_answer(task, q, s.text), s.cut) for s, q in zip(said, task.questions, strict=True)]
 
 

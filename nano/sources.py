@@ -139,15 +139,39 @@ def _saved(path: Path, split: str | None) -> tuple[Part, ...]:
     """The dataset that `save_to_disk` wrote; nothing where the folder is something else."""
     if not any((path / name).is_file() for name in _SAVED) or not any(path.rglob("*.arrow")):
         return ()
+    return (_dataset_part(str(path), _load_saved(path, split), split or ""),)
+
+
+def _load_saved(path: Path, split: str | None) -> Any:
     datasets = _datasets()
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises many kinds; all mean the same here
         raise BadFileError("A saved dataset cannot be read.", found=f"{path}: {_first_line(error)}") from None
-    return (_dataset_part(str(path), _choose(str(path), loaded, split), split or ""),)
+    return _choose(str(path), loaded, split)
+
+
+def dataset_rows(name: str) -> Any:
+    """The rows of a dataset, named as for --data: a folder of save_to_disk, or the hub's ORG/NAME@CONFIG:SPLIT.
+
+    Raises:
+        BadFileError: there is no such dataset or split.
+        MissingExtraError: without the package `datasets`.
+    """
+    for folder, split in ((name, None), name.rpartition(":")[::2]):
+        if folder and Path(folder).expanduser().is_dir():
+            return _load_saved(Path(folder).expanduser(), split)
+    match = _HUB.match(name)
+    if not match:
+        raise BadFileError("There is no such dataset.", found=name, expected="a folder, or ORG/NAME@CONFIG:SPLIT")
+    return _load_hub(name, match["id"], match["config"], match["split"])
 
 
 def _hub(name: str, hub_id: str, config: str | None, split: str | None) -> Part:
+    return _dataset_part(name, _load_hub(name, hub_id, config, split), split or "")
+
+
+def _load_hub(name: str, hub_id: str, config: str | None, split: str | None) -> Any:
     """A dataset of the hub, fetched (or found in the library's cache) now."""
     datasets = _datasets()
     try:
@@ -159,7 +183,7 @@ def _hub(name: str, hub_id: str, config: str | None, split: str | None) -> Part:
             expected="a path, or ORG/NAME, ORG/NAME:SPLIT, ORG/NAME@CONFIG:SPLIT",
             todo="check the path; for a gated or private dataset run `hf auth login` first",
         ) from None
-    return _dataset_part(name, _choose(name, loaded, split), split or "")
+    return _choose(name, loaded, split)
 
 
 def _datasets() -> Any:
