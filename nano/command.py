@@ -200,6 +200,33 @@ def _scores_table(models: Mapping[str, str | None], scores: Scores) -> Table:
     return table
 
 
+def lm_eval(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
+    """Run lm-evaluation-harness with nanokit's models in it: any of its tasks, on any stage's model.
+
+    nanokit lm-eval run --model nanokit --model_args path=FOLDER --tasks arc_easy
+
+    Parameters
+    ----------
+    arguments
+        lm-eval's own command line; `lm-eval run --help` lists them. FOLDER is an HF folder, an int4 folder or a bundle;
+        model_args may also hold activations=int8-xnnpack or int8-ort (int4 folders), max_length=N and
+        add_bos_token=True.
+    """
+    import sys
+
+    from nano.errors import require_module
+
+    harness = require_module("lm_eval.__main__", "lm-eval")
+    require_module("nano.lm_eval_model", "lm-eval")  # registers the model
+    before = sys.argv
+    sys.argv = ["lm-eval", *arguments]  # where lm-eval's command line looks
+    try:
+        harness.cli_evaluate()
+    finally:
+        sys.argv = before
+    return 0
+
+
 def generate(
     model: str,
     /,
