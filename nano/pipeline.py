@@ -179,6 +179,7 @@ def _build_student(
 ) -> list[dict[str, Any]]:
     """A distilled student all the way; a row for each of its artifacts."""
     recipe, home = build.recipe, build.out / wish.name
+    home.mkdir(exist_ok=True)
     data_hashes = fingerprints(data)
     student = teacher if wish.size == "teacher" else home / "student"
     int4 = home / "int4"
