@@ -29,7 +29,7 @@ COMMANDS = {
     "check": ("device_profiles.command:check", "Check a bundle's memory against a phone's budget."),
     "evaluate": ("nano.command:evaluate", "Perplexity, and divergence from a reference, of any stage."),
     "compare": ("nano.command:compare", "Gate: has a model lost accuracy against a baseline?"),
-    "report": ("nano.report_command:report", "Write one page about a bundle, for a release."),
+    "report": ("nano.report.command:report", "Write one page about a bundle, for a release."),
     "lm-eval": ("nano.command:lm_eval", "lm-evaluation-harness, with any stage's model as `--model nanokit`."),
     "generate": ("nano.command:generate", "Continue a prompt with any stage's model."),
     "build": ("nano.command:build", "Run a recipe end to end; skip what has not changed."),

@@ -216,7 +216,7 @@ def _evaluated(
 ) -> dict[str, Any]:
     """A model's scores against the teacher, from disk where nothing changed, and in its manifest where it has one."""
     from nano.evaluate import EvaluateOptions, measure_folders
-    from nano.report_measure import describe_divergence
+    from nano.report.measure import describe_divergence
 
     options = EvaluateOptions(build.recipe.evaluate.tokens, build.recipe.evaluate.sequence_length)
     target = home / f"scores-{stage}.json"

@@ -1,7 +1,7 @@
 """`nanokit report`: everything that is known of a stage's output on one HTML page, for people who decide on a release.
 
-What can be read is read (`nano.report_facts`), what should be measured first is measured (`nano.report_measure`), and
-the page (`nano.report_page`) is one self-contained file.
+What can be read is read (`nano.report.facts`), what should be measured first is measured (`nano.report.measure`), and
+the page (`nano.report.page`) is one self-contained file.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from nano.errors import OutputExistsError, RequestError
 from nano.folder import write_text_atomically
 from nano.history import Step, lineage
 from nano.manifest import NAME, fingerprint, read_manifest
-from nano.report_facts import Report, gather, model_name
-from nano.report_page import GENERATOR, report_page
+from nano.report.facts import Report, gather, model_name
+from nano.report.page import GENERATOR, report_page
 
 
 def default_page(folder: Path) -> Path:
@@ -99,7 +99,7 @@ def run_report(
         page: the HTML file; replaced where it is such a page.
         profiles: phones; all that come with nanokit where there are none.
         title: heading; made of the folders' names where empty.
-        divergence: measured by `nano.report_measure`, shown in the place of the recorded one.
+        divergence: measured by `nano.report.measure`, shown in the place of the recorded one.
         force: replace any file.
 
     Raises:

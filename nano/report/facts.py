@@ -1,7 +1,7 @@
 """What a report says: gathered from a folder's manifest, its history and the phones' profiles, nothing measured anew.
 
 Manifests travel, so everything in them may have been written by anyone: each value is taken only where it has the form
-that nanokit writes, and what is missing stays empty. The page (`nano.report_page`) then says which command fills it.
+that nanokit writes, and what is missing stays empty. The page (`nano.report.page`) then says which command fills it.
 
 Two rooms to the right know their own figures and are asked by name: `device_profiles.report` for phones, and
 `quantize.report` (when the page is drawn) for the error of each linear.
@@ -78,7 +78,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class Divergence:
-    """What `nano.report_measure` recorded of one stage.
+    """What `nano.report.measure` recorded of one stage.
 
     Attributes:
         stage: its label.

@@ -60,7 +60,7 @@ def report(
         Print one JSON object with all that the page shows.
     """
     from nano.progress import emit_json, say
-    from nano.report import check_page, default_page, run_report
+    from nano.report.run import check_page, default_page, run_report
 
     if reference is not None and not data:
         raise RequestError("--reference is for --data.", found=reference, todo="add --data TEXT")
@@ -89,8 +89,8 @@ def _measure(
     from nano.evaluate import EvaluateOptions
     from nano.hub import resolve_model
     from nano.manifest import add_results
-    from nano.report import check_writable, find_teacher
-    from nano.report_measure import measure_divergence
+    from nano.report.measure import measure_divergence
+    from nano.report.run import check_writable, find_teacher
 
     if record:
         check_writable(folder)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from nano.report_charts import range_bar, stacked_bar
-from nano.report_facts import Report
-from nano.report_parts import key_figures, missing, percent, plural, section, short
+from nano.report.charts import range_bar, stacked_bar
+from nano.report.facts import Report
+from nano.report.parts import key_figures, missing, percent, plural, section, short
 from nano.untrusted import mapping, number, text, whole
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import Any
 
 from nano.charts import line_chart, log_ticks, number
 from nano.divergence import Figure
-from nano.report_charts import score_bar
-from nano.report_facts import Card, Divergence, Flip, Report, Score
-from nano.report_parts import missing, percent, plural, section, short, stage_class
+from nano.report.charts import score_bar
+from nano.report.facts import Card, Divergence, Flip, Report, Score
+from nano.report.parts import missing, percent, plural, section, short, stage_class
 from nano.untrusted import mapping
 from nano.untrusted import number as sound
 
@@ -113,7 +113,7 @@ def divergence(report: Report) -> str:
 
 
 def _own_stage(report: Report) -> str:
-    from nano.report_facts import label
+    from nano.report.facts import label
 
     return label(report.own)
 

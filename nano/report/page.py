@@ -14,11 +14,11 @@ from typing import Any
 from nano.folder import human_bytes
 from nano.history import Step
 from nano.page import html_page
-from nano.report_accuracy import capabilities, divergence, flips, layers
-from nano.report_facts import Report, label, text_files
-from nano.report_parts import command_line, key_figures, missing, percent, plural, section, short, stage_class
-from nano.report_phones import memory, speed
-from nano.report_style import STYLE
+from nano.report.accuracy import capabilities, divergence, flips, layers
+from nano.report.facts import Report, label, text_files
+from nano.report.parts import command_line, key_figures, missing, percent, plural, section, short, stage_class
+from nano.report.phones import memory, speed
+from nano.report.style import STYLE
 from nano.untrusted import items, mapping, number, text, whole
 from nano.version import __version__
 
