@@ -13,7 +13,8 @@ from nano.baseline import Baseline, read_baseline
 from nano.ci import Case, markdown_table, step_summary, write_junit
 from nano.errors import CheckFailedError, RequestError
 from nano.evaluate import EvaluateOptions, OtherVocabularyError, evaluate_by_document
-from nano.gate import REFERENCE_LIMITS, Limits, Verdict, as_dict, judge, read_limits
+from nano.gate import Verdict, as_dict, judge
+from nano.gate_limits import REFERENCE_LIMITS, Limits, read_limits
 from nano.lm import stage_of
 from nano.progress import warn
 

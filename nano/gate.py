@@ -13,9 +13,10 @@ Teachers Should Know About the Bootstrap", section 5.2, the expanded percentile 
 Drift asks whether it is the same model, and catches what quality does not show: one layer's scales off by 2% moved the
 perplexity of two int4 models by 0.03 to 0.4%, which no text of a sensible size tells from chance, and their
 distributions by KL 0.0001 to 0.0016. Run in float the same weights give the same numbers to about 1e-9, so
-`max_drift` is far below that. int8 activations of phone runtimes flip codes at rounding borders when an input moves by
-float32's last bit: that floor is 0.000001 to 0.0004, and from float to int8 0.00003 to 0.0007, so `max_runtime_drift`
-is wider, and worth lowering where a model's own floor is known. Figures: docs/gate.md.
+`max_drift` is far below that. It holds for two bundles too that the same versions made and run on the same kind of
+machine: then equal weights give equal bits. Elsewhere int8 activations of phone runtimes flip codes at rounding
+borders when an input moves by float32's last bit: that floor is 0.000001 to 0.0004, and from float to int8 0.00003 to
+0.0007, so `max_runtime_drift` is wider, and worth lowering where a model's own floor is known. Figures: docs/gate.md.
 
 Legend: N units of text, R resamples, C columns that are added up over units.
 """
@@ -26,7 +27,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -34,8 +34,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nano.baseline import Baseline, Unit
-from nano.errors import BadFileError, RequestError
-from nano.toml import read_toml
+from nano.errors import RequestError
+from nano.gate_limits import Limits
 
 Floats = npt.NDArray[np.float64]
 Columns = dict[str, Floats]
@@ -45,89 +45,6 @@ WORST = 3
 _CHUNK = 4_000_000
 _NO_KL = 1e-9
 """Nats a token below which a baseline is its own reference, and a rise of its KL has no meaning."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What may be lost. A limit of None is not judged (`false` in gate.toml).
-
-    Attributes:
-        max_perplexity_rise: of the candidate over the baseline, a fraction.
-        max_accuracy_loss: of the share of tokens that are the most likely ones, a difference of shares.
-        max_drift: how far the candidate may be from the baseline itself where both are folders of one kind that run in
-            float, nats a token: KL(baseline || candidate) where the baseline was the candidate's reference; else half
-            the squared change of a unit's log-likelihood, which is that KL where tokens change independently, and
-            more where they change together.
-        max_runtime_drift: the same where a runtime with int8 activations is on either side.
-        max_kl_rise: of KL(reference || model) over the baseline's, a fraction; needs a reference in both.
-        max_kl: of the candidate's mean KL, nats a token; needs a reference.
-        min_top1: least share of positions with the reference's most likely token; needs a reference.
-        same_tokens: whether both must read the text as the same token ids.
-        confidence: share of resampled values that an interval holds.
-        undecided: what becomes of a figure whose interval holds its limit.
-        resamples: R.
-        seed: of the resampling.
-    """
-
-    max_perplexity_rise: float | None = 0.01
-    max_accuracy_loss: float | None = 0.01
-    max_drift: float | None = 0.00005
-    max_runtime_drift: float | None = 0.0008
-    max_kl_rise: float | None = 0.05
-    max_kl: float | None = None
-    min_top1: float | None = None
-    same_tokens: bool = True
-    confidence: float = 0.95
-    undecided: Literal["pass", "fail"] = "pass"
-    resamples: int = 5000
-    seed: int = 0
-
-
-REFERENCE_LIMITS = ("max_kl", "min_top1", "max_kl_rise")
-
-
-def read_limits(path: Path | None) -> tuple[Limits, frozenset[str]]:
-    """gate.toml over the defaults, and the keys it names.
-
-    Raises:
-        BadFileError: missing, not TOML, an unknown key, or a value out of its range.
-    """
-    if path is None:
-        return Limits(), frozenset()
-    table = read_toml(path, "gate file")
-    known = [item.name for item in dataclasses.fields(Limits)]
-    for key, value in table.items():
-        if key not in known:
-            raise BadFileError(
-                "The gate file has a key that is not known.", found=f"{path}: {key}", expected=", ".join(known)
-            )
-        if wanted := _wrong(key, value):
-            raise BadFileError("The gate file has a value that cannot be.", found=f"{path}: {key} = {value!r}", expected=wanted)  # noqa: E501  # fmt: skip
-    limit = {"max_perplexity_rise", "max_accuracy_loss", "max_drift", "max_runtime_drift", *REFERENCE_LIMITS}
-    values: dict[str, Any] = {key: None if key in limit and value is False else value for key, value in table.items()}
-    return dataclasses.replace(Limits(), **values), frozenset(table)
-
-
-def _wrong(key: str, value: object) -> str:
-    """What a key should hold; "" where it does."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if key == "undecided":
-        return "" if value in ("pass", "fail") else '"pass" or "fail"'
-    if key == "same_tokens":
-        return "" if isinstance(value, bool) else "true or false"
-    if key in ("resamples", "seed"):
-        low, high = (2000, 100_000) if key == "resamples" else (0, 1 << 32)
-        sound = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-        return "" if sound else f"a whole number of {low:,} to {high:,}"
-    low_share = 0.5 if key == "confidence" else 0.0
-    if key in ("confidence", "min_top1", "max_accuracy_loss"):
-        sound = number and low_share <= float(value) < 1  # type: ignore[arg-type]
-        wanted = f"a share from {low_share:g} to below 1"
-    else:
-        sound, wanted = number and float(value) >= 0, "0 or more"  # type: ignore[arg-type]
-    if key == "confidence":
-        return "" if sound else wanted
-    return "" if sound or value is False else f"{wanted}, or false for no limit"
 
 
 @dataclass(frozen=True)
@@ -280,7 +197,8 @@ def drift_limit(baseline: Baseline, candidate: Baseline) -> str:
     if len(kinds) == 2 and not kinds <= {"int4", "executorch", "onnx"}:
         return ""  # quantizing moves a model: what that may cost is for the other figures
     in_float = all(side.model.get("kind") in ("student", "int4") and side.activations == "float" for side in sides)
-    return "max_drift" if in_float else "max_runtime_drift"
+    runtime = baseline.model.get("runtime")
+    return "max_drift" if in_float or (runtime and runtime == candidate.model.get("runtime")) else "max_runtime_drift"
 
 
 def resampled(columns: Columns, resamples: int, seed: int) -> Columns:

@@ -63,6 +63,11 @@ class TaskScore:
     questions: int
     cut: int = 0
 
+    @classmethod
+    def of(cls, capability: str, metric: str, scores: Sequence[float], cut: int) -> TaskScore:
+        """From the scores of its questions."""
+        return cls(capability, metric, *mean_error(scores), len(scores), cut)
+
 
 @dataclass(frozen=True)
 class CapabilityScore:
@@ -137,9 +142,8 @@ def run_tasks(model: LanguageModel, tasks: Sequence[Task]) -> Scorecard:
             ask = _choose if task.metric == "choice" else _generate
             said = ask(model, task, progress)
             mine = [_answer(task, i, text, score) for i, (text, score, _cut) in enumerate(said)]
-            mean, error = mean_error([answer.score for answer in mine])
             cut = sum(cut > 0 for _text, _score, cut in said)
-            scores[task.name] = TaskScore(task.capability, task.metric, mean, error, len(mine), cut)
+            scores[task.name] = TaskScore.of(task.capability, task.metric, [answer.score for answer in mine], cut)
             answers += mine
     return Scorecard(scores, tuple(answers))
 

@@ -12,7 +12,8 @@ import pytest
 
 from nano.baseline import Baseline, Unit
 from nano.errors import BadFileError, RequestError
-from nano.gate import Limits, Verdict, drift_limit, expanded_tail, judge, read_limits, resampled
+from nano.gate import Verdict, drift_limit, expanded_tail, judge, resampled
+from nano.gate_limits import Limits, read_limits
 
 MODEL = {"path": "m", "fingerprint": "f" * 64, "kind": "int4"}
 DATA = {"files": [{"path": "t", "sha256": "0"}], "tokens": 8192, "sequence_length": 256}
@@ -142,9 +143,12 @@ def test_the_gate_file_is_checked(tmp_path: Path) -> None:
     limits, named = read_limits(path)
     assert (limits.max_perplexity_rise, limits.max_drift, limits.confidence) == (0.02, None, 0.99)
     assert named == {"max_perplexity_rise", "max_drift", "confidence"}
+    path.write_text("capabilities = { coding = 0.1, reasoning = false }\n")
+    assert read_limits(path)[0].capabilities == {"coding": 0.1, "reasoning": None}
     assert read_limits(None) == (Limits(), frozenset())
     wrong = 'max_perplexity = 1|max_kl = true|max_kl = -1|max_kl = "1"|confidence = 95|min_top1 = 90|resamples = 100'
-    for bad in (*wrong.split("|"), "seed = -1", 'undecided = "maybe"', "same_tokens = 1", "max_kl = nan", "x = ["):
+    more = ("max_flips = 2", "capabilities = 1", "capabilities.a = -1")
+    for bad in (*wrong.split("|"), *more, "seed = -1", 'undecided = "maybe"', "same_tokens = 1", "max_kl = nan", "x = ["):
         path.write_text(bad + "\n")
         with pytest.raises(BadFileError):
             read_limits(path)
