@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nano.baseline import Baseline, units_of
 from nano.corpus import Windows, cut_windows, describe_data, read_documents
 from nano.divergence import TokenFigures
 from nano.errors import RequestError
 from nano.lm import Activations, LanguageModel, open_model, stage_of
-from nano.manifest import fingerprint
+from nano.machine import runtime_of
+from nano.manifest import fingerprint, has_manifest, read_manifest
 from nano.metrics import Meter, Scores
 from nano.progress import track
 from nano.tokens import TextTokenizer
@@ -119,9 +121,11 @@ def evaluate_by_document(
     )
 
 
-def model_entry(folder: Path) -> dict[str, str]:
-    """How a record names a model that was measured."""
-    return {"path": str(folder), "fingerprint": fingerprint(folder), "kind": stage_of(folder)}
+def model_entry(folder: Path) -> dict[str, Any]:
+    """How a record names a model that was measured; of a bundle also what decides its last bits (`nano.machine`)."""
+    entry: dict[str, Any] = {"path": str(folder), "fingerprint": fingerprint(folder), "kind": stage_of(folder)}
+    runtime = runtime_of(read_manifest(folder)) if has_manifest(folder) else {}
+    return {**entry, "runtime": runtime} if runtime else entry
 
 
 @dataclass(frozen=True)
