@@ -87,6 +87,11 @@ class Baseline:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def size(self) -> int:
+        """How many units."""
+        return len(self.units)
+
+    @property
     def hashes(self) -> tuple[str, ...]:
         """The text it was measured on, by content."""
         return tuple(entry["sha256"] for entry in self.data["files"])

@@ -27,7 +27,7 @@ COMMANDS = {
     "verify": ("export.command:verify", "Check hashes, and a bundle's codes against its int4 checkpoint."),
     "bench": ("export.command:bench", "Measure a bundle's speed and memory on this machine."),
     "check": ("device_profiles.command:check", "Check a bundle's memory against a phone's budget."),
-    "evaluate": ("nano.command:evaluate", "Perplexity, and divergence from a reference, of any stage."),
+    "evaluate": ("nano.command:evaluate", "Perplexity, divergence and scorecards, of any stage."),
     "compare": ("nano.command:compare", "Gate: has a model lost accuracy against a baseline?"),
     "report": ("nano.report.command:report", "Write one page about a bundle, for a release."),
     "lm-eval": ("nano.command:lm_eval", "lm-evaluation-harness, with any stage's model as `--model nanokit`."),

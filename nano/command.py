@@ -25,15 +25,19 @@ def evaluate(
     model: str,
     /,
     *,
-    data: list[Path],
+    data: list[Path] | None = None,
+    tasks: list[str] | None = None,
+    task_data: Path | None = None,
+    task_limit: int | None = None,
     reference: str | None = None,
     tokens: int = 8192,
     sequence_length: int = 256,
     activations: Literal["float", "int8", "int8-xnnpack", "int8-ort"] = "float",
     save: Path | None = None,
+    record: Annotated[bool, Negative] = False,
     json: Annotated[bool, Negative] = False,
 ) -> int:
-    """Measure perplexity on text, and the divergence from a reference, of any stage's output.
+    """Measure any stage's output: on text (perplexity, divergence from a reference), or on tasks (a scorecard).
 
     Parameters
     ----------
@@ -41,9 +45,17 @@ def evaluate(
         An HF folder, an int4 folder, or a bundle (ExecuTorch or ONNX); each is run by its own runtime.
     data
         Text or JSONL file, held out from training; may be repeated.
+    tasks
+        Tasks instead of text: "demo", packaged ones (arc-easy, piqa, winogrande, nq-open, gsm8k, mgsm, mbpp, qmsum,
+        xcopa, bbh; xcopa/de for a part), or TOML files; several with commas. docs/tasks.md tells more.
+    task_data
+        Folder of the tasks' files; for a TOML file of yours its own folder where not given.
+    task_limit
+        Questions of each task, at most; drawn by the task's seed.
     reference
         Another model of the same vocabulary; adds the divergence from it: KL and its tail, the change of the right
-        token's probability, the same most likely token, the relative logit error.
+        token's probability, the same most likely token, the relative logit error. With --tasks the teacher, a model or
+        a saved scorecard: scores are shown as shares of its scores too.
     tokens
         How many tokens to predict, at most.
     sequence_length
@@ -52,12 +64,20 @@ def evaluate(
         How an int4 folder's linears see their input in torch: float, or int8 as the phone kernels quantize it
         ("int8" follows the bundle it is compared with).
     save
-        Keep the figures of each document in this JSON file: the baseline that `nanokit compare` judges others by.
-        An older file is replaced.
+        Keep the figures of each document or question in this JSON file: the baseline that `nanokit compare` judges
+        others by. An older file is replaced.
+    record
+        Put the scorecard into the model's manifest.json, where stores and reports find it.
     json
         Print one JSON object: perplexity, tokens, accuracy, calibration_error, and with a reference kl, top1,
-        logit_error and divergence, whose names are llama.cpp's.
+        logit_error and divergence, whose names are llama.cpp's; of tasks capabilities, tasks and answers.
     """
+    if tasks:
+        return _evaluate_tasks(
+            model, tasks, data, (task_data, task_limit), reference, activations, save, record=record, json=json
+        )
+    _text_only(data, task_data, task_limit, record=record)
+    assert data is not None
     from nano.baseline import write_baseline
     from nano.ci import check_report
     from nano.evaluate import EvaluateOptions, evaluate_by_document, evaluate_folders
@@ -89,12 +109,44 @@ def evaluate(
     return 0
 
 
+def _text_only(data: list[Path] | None, task_data: Path | None, task_limit: int | None, *, record: bool) -> None:
+    """Refuse what belongs to tasks where there are none."""
+    if not data:
+        raise RequestError("There is nothing to measure on.", expected="--data TEXT, or --tasks NAMES")
+    if task_data is not None or task_limit is not None or record:
+        raise RequestError("--task-data, --task-limit and --record belong to --tasks.", todo="name the tasks, or leave them out")  # noqa: E501  # fmt: skip
+
+
+def _evaluate_tasks(
+    model: str, names: list[str], data: list[Path] | None, source: tuple[Path | None, int | None], reference: str | None,
+    activations: str, save: Path | None, *, record: bool, json: bool,
+) -> int:  # fmt: skip
+    from nano.scorecard_command import evaluate_tasks, split_names
+    from nano.scorecard_file import Asked
+
+    if data:
+        raise RequestError("One call measures on text or on tasks.", found="--data and --tasks", todo="call it twice")
+    _positive(**({} if source[1] is None else {"task_limit": source[1]}))
+    return evaluate_tasks(
+        resolve_model(model),
+        Asked(split_names(names), *source),
+        reference=None if reference is None else _file_or_model(reference),
+        activations=activations,
+        save=save,
+        record=record,
+        json=json,
+    )
+
+
 def compare(
     baseline: str,
     candidate: str,
     /,
     *,
     data: list[Path] | None = None,
+    tasks: list[str] | None = None,
+    task_data: Path | None = None,
+    task_limit: int | None = None,
     reference: str | None = None,
     gate: Path | None = None,
     tokens: int | None = None,
@@ -115,6 +167,12 @@ def compare(
         What is judged: a model (HF folder, int4 folder or bundle), or a saved file.
     data
         Text or JSONL file to measure a model on, the same as the baseline's; may be repeated.
+    tasks
+        Instead of text, tasks to ask a model, as for `nanokit evaluate`; a saved scorecard's own where not given.
+    task_data
+        Folder of the tasks' files.
+    task_limit
+        Questions of each task, at most; as the saved scorecard where not given.
     reference
         Model that KL and agreement are measured from, the same as the baseline's; where both sides are models and
         it is not given, the baseline itself.
@@ -132,8 +190,10 @@ def compare(
     from nano.ci import check_report
     from nano.compare import report, require_passed, run_compare, table_of
     from nano.progress import emit_json, show
+    from nano.scorecard_command import split_names
 
-    _positive(**{key: value for key, value in (("tokens", tokens), ("sequence_length", sequence_length)) if value is not None})  # noqa: E501  # fmt: skip
+    numbers = {"tokens": tokens, "sequence_length": sequence_length, "task_limit": task_limit}
+    _positive(**{key: value for key, value in numbers.items() if value is not None})
     if junit is not None:
         check_report(junit)
     compared = run_compare(
@@ -144,6 +204,9 @@ def compare(
         gate=gate,
         tokens=tokens,
         sequence_length=sequence_length,
+        tasks=split_names(tasks or ()),
+        task_data=task_data,
+        task_limit=task_limit,
     )
     if json:
         emit_json(compared.as_dict())
@@ -160,7 +223,7 @@ def _file_or_model(name: str) -> Path:
         raise BadFileError(
             "There is no such baseline.",
             found=name,
-            todo="make it with: nanokit evaluate MODEL --data TEXT --save FILE.json",
+            todo="make it with: nanokit evaluate MODEL --data TEXT --save FILE.json (or --tasks NAMES)",
         )
     return path if path.is_file() else resolve_model(name)
 

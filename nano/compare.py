@@ -14,9 +14,12 @@ from nano.ci import Case, markdown_table, step_summary, write_junit
 from nano.errors import CheckFailedError, RequestError
 from nano.evaluate import EvaluateOptions, OtherVocabularyError, evaluate_by_document
 from nano.gate import Verdict, as_dict, judge
-from nano.gate_limits import REFERENCE_LIMITS, Limits, read_limits
+from nano.gate_limits import CARD_LIMITS, REFERENCE_LIMITS, Limits, read_limits
 from nano.lm import stage_of
 from nano.progress import warn
+from nano.scorecard_compare import compare_cards, concerns_cards
+from nano.scorecard_file import Asked, SavedCard
+from nano.scorecard_gate import Change, as_dicts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,14 +38,16 @@ class Compared:
         verdicts: one for each figure that could be judged.
         notes: what was not judged, and why.
         seconds: how long it took.
+        changes: of scorecards, the questions that were answered differently.
     """
 
-    baseline: Baseline
-    candidate: Baseline
+    baseline: Baseline | SavedCard
+    candidate: Baseline | SavedCard
     limits: Limits
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...]
     seconds: float
+    changes: tuple[Change, ...] = ()
 
     @property
     def refused(self) -> tuple[Verdict, ...]:
@@ -56,11 +61,13 @@ class Compared:
             name: {"model": dict(side.model), "reference": side.reference and dict(side.reference), **side.scores}
             for name, side in (("baseline", self.baseline), ("candidate", self.candidate))
         }
+        cards = isinstance(self.candidate, SavedCard)
         return {
             "passed": not self.refused,
             **sides,
             "data": dict(self.candidate.data),
-            "units": len(self.candidate.units),
+            "units": self.candidate.size,
+            **({"changes": as_dicts(self.changes)} if cards else {}),
             "limits": dataclasses.asdict(self.limits),
             "verdicts": [as_dict(verdict) for verdict in self.verdicts],
             "notes": list(self.notes),
@@ -76,6 +83,9 @@ def run_compare(
     gate: Path | None = None,
     tokens: int | None = None,
     sequence_length: int | None = None,
+    tasks: Sequence[str] = (),
+    task_data: Path | None = None,
+    task_limit: int | None = None,
 ) -> Compared:
     """Measure what is a model, read what is a file, and judge.
 
@@ -88,6 +98,10 @@ def run_compare(
         gate: a TOML file of limits.
         tokens: predicted tokens at most; a saved side's own where there is one, else 8,192.
         sequence_length: longest window; likewise, else 256.
+        tasks: instead of text, the tasks that a model is asked, as `nano.task_file.load_tasks` takes them; a saved
+            scorecard's own where that is the other side.
+        task_data: folder of the tasks' files.
+        task_limit: questions of each task at most.
 
     Raises:
         RequestError: the two cannot be compared; says what differs.
@@ -95,6 +109,16 @@ def run_compare(
     """
     started = time.monotonic()
     limits, named = read_limits(gate)
+    if concerns_cards((baseline, candidate), tasks):
+        if data or reference or tokens or sequence_length:
+            raise RequestError(
+                "Scorecards are compared by their questions, not by text.",
+                found="--data, --reference, --tokens or --sequence-length", todo="leave them out",
+            )  # fmt: skip
+        found = compare_cards(baseline, candidate, Asked(tuple(tasks), task_data, task_limit), limits, named)
+        if not found.verdicts:
+            raise RequestError("The gate file leaves nothing to judge.", found=str(gate), todo="set at least one limit")
+        return Compared(found.baseline, found.candidate, limits, found.verdicts, found.notes, found.seconds, found.changes)  # noqa: E501  # fmt: skip
     saved = [read_baseline(path) if path.is_file() else None for path in (baseline, candidate)]
     known = saved[0] or saved[1]
     _check_request(saved, data, reference)
@@ -250,10 +274,15 @@ def require_passed(compared: Compared) -> None:
     names = ", ".join(verdict.name for verdict in compared.refused)
     raise CheckFailedError(
         f"The candidate does not pass the gate: {names}.", found="\n            ".join(lines),
-        expected="; ".join(f"{v.limit_name} = {getattr(compared.limits, v.limit_name)}" for v in compared.refused),
+        expected="; ".join(dict.fromkeys(f"{v.limit_name} = {_allowed(v, compared.limits)}" for v in compared.refused)),
         todo="find what changed; where another model is meant: save a new baseline"
         + (", or switch the drift limits off" if "drift" in names else ""),
     )  # fmt: skip
+
+
+def _allowed(verdict: Verdict, limits: Limits) -> object:
+    """A limit as gate.toml gives it; a capability may have its own."""
+    return verdict.limit if verdict.limit_name in CARD_LIMITS else getattr(limits, verdict.limit_name)
 
 
 def markdown(compared: Compared) -> str:
@@ -276,5 +305,6 @@ def table_of(compared: Compared) -> Table:
     for v in compared.verdicts:
         outcome = v.outcome if v.outcome != "undecided" or v not in compared.refused else "undecided: failed"
         table.add_row(v.name, v.before, v.after, f"{outcome}: {v.sentence}")
-    table.caption = "\n".join((f"{len(compared.candidate.units)} documents or windows", *compared.notes))
+    of = "questions" if isinstance(compared.candidate, SavedCard) else "documents or windows"
+    table.caption = "\n".join((f"{compared.candidate.size} {of}", *compared.notes))
     return table

@@ -54,6 +54,16 @@ class SavedCard:
     created: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def size(self) -> int:
+        """How many questions."""
+        return len(self.card.answers)
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Plain data: capability to its score."""
+        return {"capabilities": self.card.as_dict()["capabilities"]}
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a manifest and `--json`: the scores, without the answers."""
         plain = {**self.card.as_dict(), "data": dict(self.data)}

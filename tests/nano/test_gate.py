@@ -147,8 +147,8 @@ def test_the_gate_file_is_checked(tmp_path: Path) -> None:
     assert read_limits(path)[0].capabilities == {"coding": 0.1, "reasoning": None}
     assert read_limits(None) == (Limits(), frozenset())
     wrong = 'max_perplexity = 1|max_kl = true|max_kl = -1|max_kl = "1"|confidence = 95|min_top1 = 90|resamples = 100'
-    more = ("max_flips = 2", "capabilities = 1", "capabilities.a = -1")
-    for bad in (*wrong.split("|"), *more, "seed = -1", 'undecided = "maybe"', "same_tokens = 1", "max_kl = nan", "x = ["):
+    more = ("max_flips = 2", "capabilities = 1", "capabilities.a = -1", "seed = -1", "max_kl = nan", "x = [")
+    for bad in (*wrong.split("|"), *more, 'undecided = "maybe"', "same_tokens = 1"):
         path.write_text(bad + "\n")
         with pytest.raises(BadFileError):
             read_limits(path)
