@@ -19,8 +19,12 @@ def score_bar(score: float, error: float | None) -> str:
 
 
 def stacked_bar(
-    parts: Mapping[str, float], full: float, label: str, marks: Sequence[tuple[str, float]] = (), dot: float | None = None
-) -> str:  # fmt: skip
+    parts: Mapping[str, float],
+    full: float,
+    label: str,
+    marks: Sequence[tuple[str, float]] = (),
+    dot: float | None = None,
+) -> str:
     """Parts side by side against what a full bar stands for, marks at limits, a dot at what was measured.
 
     Args:

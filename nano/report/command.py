@@ -23,6 +23,7 @@ def report(
     tokens: int = 8192,
     sequence_length: int = 256,
     record: bool = True,
+    hashes: bool = True,
     title: str = "",
     force: Annotated[bool, Negative] = False,
     json: Annotated[bool, Negative] = False,
@@ -38,7 +39,8 @@ def report(
     folder
         A bundle, or another stage's output: int4 folder, student.
     out
-        The page; MODEL-KIND-report.html in the current folder where not given. A page that this command wrote is replaced.
+        The page; MODEL-KIND-report.html in the current folder where not given. A page that this command wrote is
+        replaced.
     profile
         Phone to hold it against: a name from `nanokit profiles`, or the path of a profile file; may be repeated. All
         that come with nanokit where not given.
@@ -52,6 +54,8 @@ def report(
         Longest window of the text.
     record
         Keep a divergence that was measured in the folder's manifest.
+    hashes
+        Compute every file's sha256 and compare it with the recorded one; without, sizes alone.
     title
         Heading of the page.
     force
@@ -72,7 +76,9 @@ def report(
     divergence = None
     if data:
         divergence = _measure(folder, data, reference, tokens, sequence_length, record)
-    made = run_report(folder, page, profiles=profile or (), title=title, divergence=divergence, force=force)
+    made = run_report(
+        folder, page, profiles=profile or (), title=title, divergence=divergence, hashed=hashes, force=force
+    )
     if json:
         emit_json({"out": str(page), **made.as_dict()})
         return 0

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from nano.divergence import Figure
 from nano.errors import NanokitError, RequestError
 from nano.history import Step, lineage
-from nano.integrity import Fault, file_entries, find_faults, unlisted_files
+from nano.integrity import file_entries, find_faults, unlisted_files
 from nano.manifest import Manifest, read_manifest
+from nano.report.types import Card, Divergence, Flip, Report, Score
 from nano.shapes import ModelShape
 from nano.untrusted import items, mapping, number, numbers, text, whole
 
@@ -27,156 +28,28 @@ if TYPE_CHECKING:
     from device_profiles.report import Phones
 
 LABELS = {"executorch": "ExecuTorch", "onnx": "ONNX", "": "teacher"}
+BUNDLES = ("executorch", "onnx")
 GENERIC = {"student", "teacher", "int4", "executorch", "onnx", "bundle", "out", "model", "/", ".", ".."}
 """Names of folders that tell no model from another."""
 MOST_LAYERS = 1_000
 
 
-@dataclass(frozen=True)
-class Score:
-    """A capability's score; see `nano.scorecard.CapabilityScore`."""
-
-    score: float
-    error: float | None = None
-    questions: int = 0
-    of_teacher: float | None = None
-
-
-@dataclass(frozen=True)
-class Card:
-    """One stage's scorecard.
-
-    Attributes:
-        stage: its label.
-        capabilities: capability to score.
-        derived: whether it is the teacher's, reckoned from the shares that were recorded elsewhere.
-    """
-
-    stage: str
-    capabilities: Mapping[str, Score]
-    derived: bool = False
-
-
-@dataclass(frozen=True)
-class Flip:
-    """A token that the reference has right and the model wrong.
-
-    Attributes:
-        before: the text before it.
-        right, said: the right token, and the model's most likely one.
-        reference_p, right_p, said_p: probability of the right token in the reference and in the model, and of what the
-            model says.
-    """
-
-    before: str
-    right: str
-    said: str
-    reference_p: float
-    right_p: float
-    said_p: float
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """What `nano.report.measure` recorded of one stage.
-
-    Attributes:
-        stage: its label.
-        reference: what it was held against: its folder's name.
-        reference_fingerprint: hex sha256.
-        tokens: predicted.
-        files: of the text: (path, sha256).
-        measured: when.
-        figures: by the names of `nano.divergence`.
-        lost, gained: tokens that only the reference, or only the model, has right.
-        flips: the worst of those that were lost.
-    """
-
-    stage: str
-    reference: str
-    reference_fingerprint: str
-    tokens: int
-    files: tuple[tuple[str, str], ...]
-    measured: str
-    figures: Mapping[str, Figure]
-    lost: int = 0
-    gained: int = 0
-    flips: tuple[Flip, ...] = ()
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that the page shows.
-
-    Attributes:
-        title: the model and what it is.
-        folder: as it was named.
-        kind: of the manifest.
-        fingerprint: of the folder.
-        steps: its history, the furthest ancestor first, the folder itself last.
-        parameters, teacher_parameters: how many; 0 where not known.
-        cards: scorecards, in the order of the steps.
-        divergences: recorded ones, likewise.
-        layers: an int4 manifest with the linears' errors; None where none is known.
-        phones: memory and speed; None where `no_phones` says why.
-        bench: `nanokit bench --record`'s figures.
-        exact, parity: of an export.
-        files: name to (bytes, sha256).
-        faults: files that are not what the manifest says.
-        unlisted: files that it does not name.
-        warnings: what a release should not overlook, in words.
-    """
-
-    title: str
-    folder: str
-    kind: str
-    fingerprint: str
-    steps: tuple[Step, ...]
-    parameters: int
-    teacher_parameters: int
-    cards: tuple[Card, ...]
-    divergences: tuple[Divergence, ...]
-    layers: Manifest | None
-    phones: Phones | None
-    no_phones: str
-    bench: Mapping[str, Any]
-    exact: Mapping[str, Any]
-    parity: Mapping[str, Any]
-    files: Mapping[str, tuple[int, str]]
-    faults: tuple[Fault, ...]
-    unlisted: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def own(self) -> Step:
-        """The folder itself."""
-        return self.steps[-1]
-
-    @property
-    def bytes(self) -> int:
-        """Of all its files."""
-        return sum(size for size, _sha256 in self.files.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
-        plain = asdict(replace(self, steps=(), layers=None))
-        del plain["steps"]
-        history = [{**asdict(step.ancestor), "created": step.created, "command": list(step.command),
-                    "versions": dict(step.versions), "data": dict(step.data)} for step in self.steps]  # fmt: skip
-        errors = self.layers.results if self.layers else {}
-        return {**plain, "bytes": self.bytes, "history": history, "relative_error": errors.get("relative_error", {})}
-
-
 def gather(
-    folder: Path, *, profiles: Sequence[str] = (), title: str = "", divergence: Mapping[str, Any] | None = None
+    folder: Path,
+    *,
+    profiles: Sequence[str] = (),
+    title: str = "",
+    divergence: Mapping[str, Any] | None = None,
+    hashed: bool = True,
 ) -> Report:
-    """Read everything that a report shows; every file is hashed.
+    """Read everything that a report shows.
 
     Args:
         folder: a bundle, an int4 folder, a bitsandbytes folder or a student.
         profiles: phones to hold it against; all that come with nanokit where there are none.
         title: of the page; made of the folders' names where empty.
         divergence: what was measured just now, in the place of what is recorded.
+        hashed: compute every file's sha256; else compare sizes alone.
 
     Raises:
         BadFileError: no manifest.json, or one that cannot be used.
@@ -202,6 +75,7 @@ def gather(
         parameters=counts[-1],
         teacher_parameters=whole(trained.results.get("teacher_parameters")) or 0,
         cards=_cards(steps),
+        answers=(),
         divergences=tuple(one for step in steps if (one := _divergence(step))),
         layers=_layers(steps),
         phones=phones,
@@ -210,7 +84,8 @@ def gather(
         exact=mapping(results.get("exact")),
         parity=mapping(results.get("parity")),
         files=entries,
-        faults=tuple(find_faults(folder, entries)),
+        hashed=hashed,
+        faults=tuple(find_faults(folder, entries, hashes=hashed)),
         unlisted=unlisted_files(folder, manifest),
     )
     return replace(report, warnings=tuple(_warnings(report)))
@@ -267,15 +142,15 @@ def _phones(folder: Path, manifest: Manifest, profiles: Sequence[str]) -> tuple[
 
 def _cards(steps: Sequence[Step]) -> tuple[Card, ...]:
     """Recorded scorecards; before them the teacher's, where shares of it were recorded and it has none of its own."""
-    found = [Card(label(step), scores) for step in steps if (scores := _scores(step))]
-    if not found or found[0].stage == "teacher":
+    found = [Card(step.ancestor.kind, label(step), scores) for step in steps if (scores := _scores(step))]
+    if not found or found[0].kind == "":
         return tuple(found)
     teacher: dict[str, Score] = {}
     for card in found:
         for name, one in card.capabilities.items():
             if one.of_teacher:
                 teacher.setdefault(name, Score(one.score / one.of_teacher, None, one.questions, 1.0))
-    return (Card("teacher", teacher, derived=True), *found) if teacher else tuple(found)
+    return (Card("", LABELS[""], teacher, derived=True), *found) if teacher else tuple(found)
 
 
 def _scores(step: Step) -> dict[str, Score]:
@@ -301,10 +176,18 @@ def _divergence(step: Step) -> Divergence | None:
     reference, data = mapping(said.get("reference")), mapping(said.get("data"))
     flips = [flip for raw in items(said.get("flips")) if (flip := _flip(mapping(raw)))]
     return Divergence(
-        label(step), PurePath(text(reference.get("path"))).name or "reference", text(reference.get("fingerprint")),
-        whole(said.get("tokens")) or 0, text_files(data), text(said.get("measured")), figures,
-        whole(said.get("lost")) or 0, whole(said.get("gained")) or 0, tuple(flips),
-    )  # fmt: skip
+        kind=step.ancestor.kind,
+        stage=label(step),
+        reference=PurePath(text(reference.get("path"))).name or "reference",
+        reference_fingerprint=text(reference.get("fingerprint")),
+        tokens=whole(said.get("tokens")) or 0,
+        files=text_files(data),
+        measured=text(said.get("measured")),
+        figures=figures,
+        lost=whole(said.get("lost")) or 0,
+        gained=whole(said.get("gained")) or 0,
+        flips=tuple(flips),
+    )
 
 
 def _flip(raw: Mapping[str, Any]) -> Flip | None:

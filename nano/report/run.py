@@ -17,8 +17,9 @@ from nano.errors import OutputExistsError, RequestError
 from nano.folder import write_text_atomically
 from nano.history import Step, lineage
 from nano.manifest import NAME, fingerprint, read_manifest
-from nano.report.facts import Report, gather, model_name
+from nano.report.facts import gather, model_name
 from nano.report.page import GENERATOR, report_page
+from nano.report.types import Report
 
 
 def default_page(folder: Path) -> Path:
@@ -79,7 +80,8 @@ def check_writable(folder: Path) -> None:
     """Refuse to record in a manifest that cannot be written, before anything is measured."""
     if not os.access(folder, os.W_OK) or not os.access(folder / NAME, os.W_OK):
         raise RequestError(
-            "The divergence cannot be recorded.", found=f"no write permission for {folder / NAME}", todo="add --no-record"
+            "The divergence cannot be recorded.", found=f"no write permission for {folder / NAME}",
+            todo="add --no-record",
         )  # fmt: skip
 
 
@@ -90,6 +92,7 @@ def run_report(
     profiles: Sequence[str] = (),
     title: str = "",
     divergence: Mapping[str, Any] | None = None,
+    hashed: bool = True,
     force: bool = False,
 ) -> Report:
     """Gather and write the page.
@@ -100,6 +103,7 @@ def run_report(
         profiles: phones; all that come with nanokit where there are none.
         title: heading; made of the folders' names where empty.
         divergence: measured by `nano.report.measure`, shown in the place of the recorded one.
+        hashed: compute every file's sha256.
         force: replace any file.
 
     Raises:
@@ -107,7 +111,7 @@ def run_report(
         RequestError: see `check_page`; a profile that there is none of.
     """
     check_page(page, folder, force=force)
-    report = gather(folder, profiles=profiles, title=title, divergence=divergence)
+    report = gather(folder, profiles=profiles, title=title, divergence=divergence, hashed=hashed)
     made = datetime.now(timezone.utc).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00") + " UTC"
     write_text_atomically(page, report_page(report, made))
     return report
