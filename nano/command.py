@@ -13,10 +13,6 @@ from nano.errors import BadFileError, RequestError
 from nano.hub import resolve_model
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from nano.divergence import Figure
-    from nano.metrics import Scores
 
 Negative = Parameter(negative="")
 
@@ -82,6 +78,7 @@ def evaluate(
     from nano.ci import check_report
     from nano.evaluate import EvaluateOptions, evaluate_by_document, evaluate_folders
     from nano.progress import emit_json, say, show
+    from nano.scores_table import scores_table
 
     _positive(tokens=tokens, sequence_length=sequence_length)
     if save is not None:
@@ -105,7 +102,7 @@ def evaluate(
     if json:
         emit_json({"model": model, "reference": reference, "activations": activations, **scores.full_dict()})
     else:
-        show(_scores_table({"model": model, "reference": reference}, scores))
+        show(scores_table({"model": model, "reference": reference}, scores))
     return 0
 
 
@@ -118,8 +115,8 @@ def _text_only(data: list[Path] | None, task_data: Path | None, task_limit: int 
 
 
 def _evaluate_tasks(
-    model: str, names: list[str], data: list[Path] | None, source: tuple[Path | None, int | None], reference: str | None,
-    activations: str, save: Path | None, *, record: bool, json: bool,
+    model: str, names: list[str], data: list[Path] | None, source: tuple[Path | None, int | None],
+    reference: str | None, activations: str, save: Path | None, *, record: bool, json: bool,
 ) -> int:  # fmt: skip
     from nano.scorecard_command import evaluate_tasks, split_names
     from nano.scorecard_file import Asked
@@ -226,41 +223,6 @@ def _file_or_model(name: str) -> Path:
             todo="make it with: nanokit evaluate MODEL --data TEXT --save FILE.json (or --tasks NAMES)",
         )
     return path if path.is_file() else resolve_model(name)
-
-
-_SHOWN = ("Mean PPL(Q)/PPL(base)", "Median KLD", "90.0% KLD", "95.0% KLD", "99.0% KLD", "99.9% KLD", "Maximum KLD",
-          "Mean Δp", "RMS Δp", "99.0% Δp", "1.0% Δp", "Same top p", "Flips")  # fmt: skip
-
-
-def _figure_text(name: str, figure: Figure) -> str:
-    """A divergence figure as llama.cpp prints it: probabilities and shares in per cent."""
-    share = name.endswith("p") or name == "Flips"
-    scale, unit, form = (100, " %", ".3f") if share else (1, "", ".6f")
-    error = "" if figure.error is None else f" ± {figure.error * scale:{form}}"
-    return f"{figure.value * scale:{form}}{error}{unit}"
-
-
-def _scores_table(models: Mapping[str, str | None], scores: Scores) -> Table:
-    """What was measured, a line each; what was not has none."""
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    rows = {
-        **models,
-        "perplexity": f"{scores.perplexity:.4f}",
-        "tokens": f"{scores.tokens:,}",
-        "perplexity of the reference": scores.reference_perplexity and f"{scores.reference_perplexity:.4f}",
-        "KL, nats a token": scores.kl is not None and f"{scores.kl:.3g} ± {scores.kl_error:.2g}",
-        "same most likely token": scores.top1 is not None and f"{scores.top1:.2%}",
-        "relative logit error": scores.logit_error is not None and f"{scores.logit_error:.3%}",
-        "accuracy of the most likely token": scores.accuracy is not None and f"{scores.accuracy:.2%}",
-        "its calibration error": scores.calibration_error is not None and f"{scores.calibration_error:.2%}",
-        **{name: _figure_text(name, figure) for name, figure in (scores.divergence or {}).items() if name in _SHOWN},
-    }
-    for name, value in rows.items():
-        if value:
-            table.add_row(name, value)
-    return table
 
 
 def lm_eval(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
