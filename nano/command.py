@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from nano.errors import BadFileError, RequestError
 from nano.hub import resolve_model
-
-if TYPE_CHECKING:
 
 Negative = Parameter(negative="")
 
