@@ -28,7 +28,8 @@ import numpy.typing as npt
 
 from distill.data import Rows
 from distill.packing import PAD
-from distill.records import Bytes, RecordLayout
+from distill.records import RecordLayout
+from nano.bits import Bytes
 from nano.errors import BadFileError, RequestError
 from nano.folder import sha256_file, write_text_atomically
 

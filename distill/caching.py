@@ -29,10 +29,11 @@ from distill.cache import (
 )
 from distill.data import Batch, Rows, make_batch
 from distill.options import CacheOptions
-from distill.records import Bytes, smallest_record
+from distill.records import smallest_record
 from distill.state import catch_interrupt
 from distill.text import load_text
 from distill.vocabulary import vocabulary_hash
+from nano.bits import Bytes
 from nano.errors import NoSpaceError, RequestError
 from nano.folder import check_output, human_bytes, is_no_space, require_space
 from nano.manifest import fingerprint, library_versions

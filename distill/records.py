@@ -20,8 +20,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from nano.bits import Bytes, bits_of, read_fields
+
 Form = Literal["sampled", "top"]
-Bytes = npt.NDArray[np.uint8]
 
 HEADER_BITS, PROBABILITY_BITS, COUNT_BITS = 24, 12, 8
 UNITS = 2**PROBABILITY_BITS - 1
@@ -86,14 +87,14 @@ def pack_records(
         unit_NH: probabilities of the first h in 1/4095, summing to at most 4095; what lies beyond is ignored.
     """
     bits = np.zeros((len(heads_N), 8 * layout.size), np.uint8)
-    bits[:, :16] = _bits(entropy_N.view(np.uint16), 16)
-    bits[:, 16:HEADER_BITS] = _bits(heads_N, COUNT_BITS)
+    bits[:, :16] = bits_of(entropy_N.view(np.uint16), 16)
+    bits[:, 16:HEADER_BITS] = bits_of(heads_N, COUNT_BITS)
     held = np.where(np.arange(layout.most_ids) < layout.places(heads_N)[:, None], id_NK, 0)
     stop = HEADER_BITS + layout.most_ids * layout.id_bits
-    bits[:, HEADER_BITS:stop] = _bits(held, layout.id_bits).reshape(len(held), -1)
+    bits[:, HEADER_BITS:stop] = bits_of(held, layout.id_bits).reshape(len(held), -1)
     own = np.where(np.arange(layout.most_heads) < heads_N[:, None], unit_NH, 0)
     start = 8 * layout.size - PROBABILITY_BITS * layout.most_heads
-    bits[:, start:] |= _bits(own[:, ::-1], PROBABILITY_BITS).reshape(len(own), -1)
+    bits[:, start:] |= bits_of(own[:, ::-1], PROBABILITY_BITS).reshape(len(own), -1)
     return np.packbits(bits, axis=1, bitorder="little")
 
 
@@ -103,11 +104,10 @@ def unpack_records(
     """(ids (N, K), probabilities (N, K), entropies (N,)); each row sums to 1, unused places have id and weight 0."""
     entropy_N = np.ascontiguousarray(records[:, :2]).view("<f2")[:, 0].astype(np.float32)
     heads_N1 = records[:, 2:3].astype(np.int64)
-    padded = np.pad(records, ((0, 0), (0, 4)))
     place_K = np.arange(layout.most_ids)
-    id_NK = _fields(padded, HEADER_BITS + place_K * layout.id_bits, layout.id_bits)
+    id_NK = read_fields(records, HEADER_BITS + place_K * layout.id_bits, layout.id_bits)
     head_H = np.arange(layout.most_heads)
-    unit_NH = _fields(padded, 8 * layout.size - PROBABILITY_BITS * (head_H + 1), PROBABILITY_BITS)
+    unit_NH = read_fields(records, 8 * layout.size - PROBABILITY_BITS * (head_H + 1), PROBABILITY_BITS)
     unit_NH = np.where(head_H < heads_N1, unit_NH, 0)
     used = place_K < layout.places(heads_N1)
     weight_NK = np.zeros(id_NK.shape, np.float32)
@@ -121,16 +121,3 @@ def unpack_records(
         scale = 1 / np.maximum(total_N1, 1)
     weight_NK[:, : layout.most_heads] += unit_NH * scale
     return np.where(used, id_NK, 0), weight_NK, entropy_N
-
-
-def _bits(values: npt.NDArray[Any], count: int) -> Bytes:
-    """The lowest bits of each value along a new last axis."""
-    shifted = values[..., None].astype(np.int64) >> np.arange(count)
-    return (shifted & 1).astype(np.uint8)
-
-
-def _fields(padded: Bytes, at_K: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """Numbers of `count` bits (at most 25) at some bits of each record; records are padded by four bytes."""
-    window = np.ascontiguousarray(padded[:, (at_K >> 3)[:, None] + np.arange(4)])
-    fields: npt.NDArray[np.int64] = (window.view("<u4")[..., 0].astype(np.int64) >> (at_K & 7)) & ((1 << count) - 1)
-    return fields

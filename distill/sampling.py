@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from distill.data import NO_TARGET
 from distill.losses import Mix, add_cross_entropy, even_slices
-from distill.records import UNITS, Bytes, RecordLayout, pack_records
+from distill.records import UNITS, RecordLayout, pack_records
+from nano.bits import Bytes
 
 
 def make_records(layout: RecordLayout, logits_CV: torch.Tensor, draw_C2: torch.Tensor) -> Bytes:
