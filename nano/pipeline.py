@@ -25,7 +25,7 @@ from nano.manifest import NAME as MANIFEST
 from nano.manifest import add_results, fingerprint, has_manifest, read_manifest
 from nano.progress import emit_json, say, show
 from nano.recipe import BUILTIN_TASKS, BUILTIN_TEACHER, BUILTIN_TEXT, Recipe, StudentWish, read_recipe
-from nano.scorecard import CapabilityScore
+from nano.scorecard import Answer, CapabilityScore
 from nano.sources import fingerprints
 from nano.version import __version__
 
@@ -102,7 +102,8 @@ def run_recipe(path: Path, *, out: Path | None, rebuild: bool, json_mode: bool) 
     build = _open_build(recipe, out or Path(recipe.out or f"{recipe.name}-out"), rebuild)
     teacher, data, heldout = _inputs(recipe, build.out)
     _distill_all(build, teacher, data)
-    asked = Asked(tasks, _carded(build, build.out / "scorecard-teacher.json", teacher, Asked(tasks)))
+    card = build.out / "scorecard-teacher.json"
+    asked = Asked(tasks, _carded(build, card, teacher, Asked(tasks)), _answers(card) if tasks else ())
     rows = []
     for wish in recipe.students:
         rows += _build_student(build, wish, teacher, data, heldout, asked)
@@ -247,10 +248,12 @@ class Asked:
     Attributes:
         tasks: the questions.
         teacher: capability to the teacher's {"score", "error", "questions"}; empty before it was asked.
+        answers: the teacher's, likewise.
     """
 
     tasks: tuple[Task, ...]
     teacher: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    answers: tuple[Answer, ...] = ()
 
 
 def _tasks(recipe: Recipe) -> tuple[Task, ...]:
@@ -271,7 +274,7 @@ def _carded(build: Build, target: Path, model: Path, asked: Asked) -> dict[str, 
 
     def make() -> None:
         from nano.lm import open_model
-        from nano.scorecard import run_tasks
+        from nano.scorecard import flips_of, run_tasks
 
         opened = open_model(model)
         try:
@@ -289,8 +292,9 @@ def _carded(build: Build, target: Path, model: Path, asked: Asked) -> dict[str, 
             "sha256": _key("tasks", hashes),
         }
         answers = [dataclasses.asdict(answer) for answer in card.answers]
+        flips = flips_of(asked.answers, card.answers) if asked.answers else {}
         found = {
-            "scorecard": {**dataclasses.replace(card, of_teacher=share).as_dict(), "data": data},
+            "scorecard": {**dataclasses.replace(card, of_teacher=share, flips=flips).as_dict(), "data": data},
             "answers": answers,
         }
         write_text_atomically(target, json.dumps(found, indent=2) + "\n")
@@ -302,6 +306,11 @@ def _carded(build: Build, target: Path, model: Path, asked: Asked) -> dict[str, 
         add_results(model, {"scorecard": found})
     capabilities: dict[str, Any] = found["capabilities"]
     return capabilities
+
+
+def _answers(card: Path) -> tuple[Answer, ...]:
+    """The answers that a scorecard's file holds."""
+    return tuple(Answer(**row) for row in json.loads(card.read_text(encoding="utf-8"))["answers"])
 
 
 def _ladder(asked: Asked, rows: list[dict[str, Any]]) -> Ladder | None:

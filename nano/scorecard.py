@@ -18,6 +18,10 @@ from nano.scoring import blanks, require_metric, score_answer
 
 LABEL, SAID = 96, 64
 """Characters of a question and of an answer that are kept."""
+FLIP = 0.5
+"""How far a score moves, at least, where an answer flipped."""
+TOLD = 12
+"""Flips that are told with their text."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,13 @@ class Scorecard:
         tasks: task name to its score.
         answers: every question's, task by task.
         of_teacher: capability to the share of the teacher's score.
+        flips: against the teacher, see `flips_of`; empty where it is not known.
     """
 
     tasks: Mapping[str, TaskScore]
     answers: tuple[Answer, ...]
     of_teacher: Mapping[str, float] = field(default_factory=dict)
+    flips: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def capabilities(self) -> dict[str, CapabilityScore]:
@@ -112,11 +118,31 @@ class Scorecard:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for a manifest and for `--json`: the scores, without the answers."""
-        return {
+        """Plain data for a manifest and for `--json`: the scores, and of the answers the flips."""
+        scores = {
             "capabilities": {name: asdict(score) for name, score in self.capabilities.items()},
             "tasks": {name: asdict(score) for name, score in self.tasks.items()},
         }
+        return {**scores, "flips": dict(self.flips)} if self.flips else scores
+
+
+def flips_of(teacher: Sequence[Answer], answers: Sequence[Answer]) -> dict[str, Any]:
+    """Questions that one has right and the other wrong, told for a report.
+
+    Args:
+        teacher, answers: to the same questions in the same order.
+
+    Returns:
+        "lost" and "gained": how many; "worst": of the lost ones those that lost most, each with its task, label,
+        expected answer, and what is said now.
+    """
+    change = [theirs.score - ours.score for ours, theirs in zip(teacher, answers, strict=True)]
+    order = sorted(range(len(change)), key=lambda i: change[i])
+    worst = [
+        {"task": one.task, "label": one.label, "expected": one.expected, "said": one.said}
+        for one in (answers[i] for i in order[:TOLD] if change[i] <= -FLIP)
+    ]
+    return {"lost": sum(c <= -FLIP for c in change), "gained": sum(c >= FLIP for c in change), "worst": worst}
 
 
 def mean_error(scores: Sequence[float]) -> tuple[float, float | None]:

@@ -21,7 +21,7 @@ from nano.folder import write_text_atomically
 from nano.lm import Activations, open_model, stage_of
 from nano.manifest import add_results, fingerprint, has_manifest, library_versions
 from nano.progress import warn
-from nano.scorecard import Answer, Scorecard, TaskScore, run_tasks
+from nano.scorecard import Answer, Scorecard, TaskScore, flips_of, run_tasks
 from nano.scoring import require_metric
 from nano.task_file import load_tasks
 
@@ -123,7 +123,8 @@ def with_teacher(mine: SavedCard, teacher: SavedCard) -> SavedCard:
     shares = {
         name: score.score / theirs[name].score for name, score in mine.card.capabilities.items() if theirs[name].score
     }
-    return replace(mine, card=replace(mine.card, of_teacher=shares), reference=teacher.model)
+    flips = flips_of(teacher.card.answers, mine.card.answers)
+    return replace(mine, card=replace(mine.card, of_teacher=shares, flips=flips), reference=teacher.model)
 
 
 def check_same_questions(before: SavedCard, after: SavedCard) -> None:

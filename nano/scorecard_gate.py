@@ -23,14 +23,12 @@ import numpy as np
 from nano.errors import RequestError
 from nano.gate import Floats, Verdict, interval, resampled
 from nano.gate_limits import Limits
-from nano.scorecard import Answer
+from nano.scorecard import FLIP, Answer
 from nano.scorecard_file import SavedCard
 
 MIN_QUESTIONS = 10
 """Fewer questions say nothing about others."""
 WORST = 5
-FLIP = 0.5
-"""How far a score moves, at least, where an answer flipped."""
 MEAN, FLIPS = "mean of the capabilities", "flips"
 
 
