@@ -24,8 +24,8 @@ from nano.ladder import Ladder, Rung, agreement, draw_ladder, ladder_table
 from nano.manifest import NAME as MANIFEST
 from nano.manifest import add_results, fingerprint, has_manifest, read_manifest
 from nano.progress import emit_json, say, show
-from nano.recipe import BUILTIN_TASKS, BUILTIN_TEACHER, BUILTIN_TEXT, Recipe, StudentWish, read_recipe
-from nano.scorecard import Answer, CapabilityScore
+from nano.recipe import BUILTIN_TEACHER, BUILTIN_TEXT, Recipe, StudentWish, read_recipe
+from nano.scorecard_file import Asked, SavedCard, card_of, read_card, record_card, with_teacher, write_card
 from nano.sources import fingerprints
 from nano.version import __version__
 
@@ -98,16 +98,18 @@ def run_recipe(path: Path, *, out: Path | None, rebuild: bool, json_mode: bool) 
     """
     start = time.monotonic()
     recipe = read_recipe(path)
-    tasks = _tasks(recipe)
+    quiz = _quiz(recipe)
     build = _open_build(recipe, out or Path(recipe.out or f"{recipe.name}-out"), rebuild)
     teacher, data, heldout = _inputs(recipe, build.out)
     _distill_all(build, teacher, data)
-    card = build.out / "scorecard-teacher.json"
-    asked = Asked(tasks, _carded(build, card, teacher, Asked(tasks)), _answers(card) if tasks else ())
-    rows = []
+    if quiz:
+        quiz = dataclasses.replace(quiz, teacher=_carded(build, build.out / "scorecard-teacher.json", teacher, quiz))
+    rows, rungs = [], []
     for wish in recipe.students:
-        rows += _build_student(build, wish, teacher, data, heldout, asked)
-    ladder = _ladder(asked, rows)
+        for row, card in _build_student(build, wish, teacher, data, heldout, quiz):
+            rows.append(row)
+            rungs += [Rung(wish.name, row["stage"], card.card.capabilities)] if card else []
+    ladder = Ladder(quiz.teacher.card.capabilities, tuple(rungs)) if quiz and quiz.teacher else None
     if ladder:
         draw_ladder(ladder, build.out / PICTURE)
     seconds = time.monotonic() - start
@@ -176,9 +178,9 @@ def _distill_all(build: Build, teacher: Path, data: list[Path]) -> None:
 
 
 def _build_student(
-    build: Build, wish: StudentWish, teacher: Path, data: list[Path], heldout: list[Path], asked: Asked
-) -> list[dict[str, Any]]:
-    """A distilled student all the way; a row for each of its artifacts."""
+    build: Build, wish: StudentWish, teacher: Path, data: list[Path], heldout: list[Path], quiz: Quiz | None
+) -> list[tuple[dict[str, Any], SavedCard | None]]:
+    """A distilled student all the way; a row for each of its artifacts, with its scorecard."""
     recipe, home = build.recipe, build.out / wish.name
     home.mkdir(exist_ok=True)
     data_hashes = fingerprints(data)
@@ -187,9 +189,10 @@ def _build_student(
     inputs = {"student": fingerprint(student), "data": data_hashes, "options": recipe.quantize}
     quantize = _door("quantize.run:run_quantize")
 
-    def judged(stage: str, model: Path) -> dict[str, Any]:
+    def judged(stage: str, model: Path) -> tuple[dict[str, Any], SavedCard | None]:
         row = _evaluated(build, wish, home, stage, model, teacher, heldout)
-        return {**row, "capabilities": _carded(build, home / f"scorecard-{stage}.json", model, asked)}
+        card = _carded(build, home / f"scorecard-{stage}.json", model, quiz) if quiz else None
+        return {**row, **(card.scores if card else {})}, card
 
     # A stage is judged before the next is made of it: the next one's manifest repeats its scores.
     rows = [judged("student", student)]
@@ -199,7 +202,8 @@ def _build_student(
         bundle = home / format
         inputs = {"int4": fingerprint(int4), "options": recipe.export, "heldout": fingerprints(heldout)}
         _export_stage(build, format, bundle, int4, inputs, heldout)
-        rows.append({**judged(format, bundle), **_checked(bundle, wish.profile)})
+        row, card = judged(format, bundle)
+        rows.append(({**row, **_checked(bundle, wish.profile)}, card))
     return rows
 
 
@@ -242,87 +246,45 @@ def _evaluated(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What every model is asked, and what the teacher scored.
+class Quiz:
+    """What every model is asked.
 
     Attributes:
+        asked: as it was named.
         tasks: the questions.
-        teacher: capability to the teacher's {"score", "error", "questions"}; empty before it was asked.
-        answers: the teacher's, likewise.
+        teacher: the teacher's scorecard; None before it was asked.
     """
 
+    asked: Asked
     tasks: tuple[Task, ...]
-    teacher: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    answers: tuple[Answer, ...] = ()
+    teacher: SavedCard | None = None
 
 
-def _tasks(recipe: Recipe) -> tuple[Task, ...]:
-    """The recipe's questions."""
+def _quiz(recipe: Recipe) -> Quiz | None:
+    """The recipe's questions, where it has any; loaded before any work."""
     if not recipe.tasks:
-        return ()
-    if recipe.tasks != (BUILTIN_TASKS,):
-        raise RequestError("The recipe's tasks are not known.", found=", ".join(recipe.tasks), expected=BUILTIN_TASKS)
-    tasks: tuple[Task, ...] = _door("nano.demo.tasks:demo_tasks")(recipe.evaluate.questions)
-    return tasks
-
-
-def _carded(build: Build, target: Path, model: Path, asked: Asked) -> dict[str, Any]:
-    """A model's score by capability, from disk where nothing changed, and in its manifest where it has one."""
-    if not asked.tasks:
-        return {}
-    hashes = {task.name: [question.hash for question in task.questions] for task in asked.tasks}
-
-    def make() -> None:
-        from nano.lm import open_model
-        from nano.scorecard import flips_of, run_tasks
-
-        opened = open_model(model)
-        try:
-            card = run_tasks(opened, asked.tasks)
-        finally:
-            opened.close()
-        share = {
-            name: score.score / asked.teacher[name]["score"]
-            for name, score in card.capabilities.items()
-            if asked.teacher.get(name, {}).get("score")
-        }
-        data = {
-            "tasks": build.recipe.tasks,
-            "questions": build.recipe.evaluate.questions,
-            "sha256": _key("tasks", hashes),
-        }
-        answers = [dataclasses.asdict(answer) for answer in card.answers]
-        flips = flips_of(asked.answers, card.answers) if asked.answers else {}
-        found = {
-            "scorecard": {**dataclasses.replace(card, of_teacher=share, flips=flips).as_dict(), "data": data},
-            "answers": answers,
-        }
-        write_text_atomically(target, json.dumps(found, indent=2) + "\n")
-
-    inputs = {"model": fingerprint(model), "questions": hashes, "teacher": asked.teacher}
-    build.stage("ask", target, inputs, make)
-    found: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))["scorecard"]
-    if has_manifest(model) and read_manifest(model).results.get("scorecard") != found:
-        add_results(model, {"scorecard": found})
-    capabilities: dict[str, Any] = found["capabilities"]
-    return capabilities
-
-
-def _answers(card: Path) -> tuple[Answer, ...]:
-    """The answers that a scorecard's file holds."""
-    return tuple(Answer(**row) for row in json.loads(card.read_text(encoding="utf-8"))["answers"])
-
-
-def _ladder(asked: Asked, rows: list[dict[str, Any]]) -> Ladder | None:
-    """The ladder of all that was made, where there were questions."""
-    if not asked.tasks:
         return None
-    rungs = tuple(Rung(row["student"], row["stage"], _scored(row["capabilities"])) for row in rows)
-    return Ladder(_scored(asked.teacher), rungs)
+    options = recipe.evaluate
+    asked = Asked(recipe.tasks, Path(options.task_data) if options.task_data else None, options.questions)
+    return Quiz(asked, asked.load())
 
 
-def _scored(capabilities: Mapping[str, Any]) -> dict[str, CapabilityScore]:
-    return {name: CapabilityScore(**score) for name, score in capabilities.items()}
+def _carded(build: Build, target: Path, model: Path, quiz: Quiz) -> SavedCard:
+    """A model's scorecard, from disk where nothing changed, and in its manifest where it has one."""
+
+    def against_teacher(card: SavedCard) -> SavedCard:
+        return with_teacher(card, quiz.teacher) if quiz.teacher else card
+
+    hashes = {task.name: [question.hash for question in task.questions] for task in quiz.tasks}
+    theirs = quiz.teacher.model["fingerprint"] if quiz.teacher else None
+    build.stage(
+        "ask", target, {"model": fingerprint(model), "questions": hashes, "teacher": theirs},
+        lambda: write_card(target, against_teacher(card_of(model, quiz.asked, quiz.tasks))),
+    )  # fmt: skip
+    card = against_teacher(read_card(target))
+    if has_manifest(model) and read_manifest(model).results.get("scorecard") != card.as_dict():
+        record_card(model, card)
+    return card
 
 
 def _checked(bundle: Path, profile: str | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ name = "stories"
 teacher = "path/or/hub-id"          # or "builtin:demo-teacher"
 data = ["train.jsonl"]              # text for distillation and calibration, or "builtin:demo-text"
 heldout = ["heldout.jsonl"]         # text for evaluation, never trained on
-tasks = "builtin:demo-tasks"        # questions by capability: prints and draws the ladder (may be left out)
+tasks = ["demo"]                    # as --tasks takes them: what the ladder by capability asks (may be left out)
 prompt = "Once upon a time"
 
 [[student]]
@@ -42,7 +42,6 @@ from nano.errors import RequestError
 from nano.toml import read_toml
 
 BUILTIN_TEACHER, BUILTIN_TEXT = "builtin:demo-teacher", "builtin:demo-text"
-BUILTIN_TASKS = "builtin:demo-tasks"
 FORMATS = ("executorch", "onnx")
 _STAGES = {
     "distill": "distill.options:DistillOptions",
@@ -69,11 +68,13 @@ class EvaluateOptions:
         tokens: how many held-out tokens each model predicts.
         sequence_length: longest window.
         questions: of each task, at most.
+        task_data: folder of the tasks' data, relative to the recipe; empty where they bring their own.
     """
 
     tokens: int = 4096
     sequence_length: int = 256
     questions: int = 48
+    task_data: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def read_recipe(path: Path) -> Recipe:
         name: _options(_door(target), name, export if name == "export" else _table(raw, name))
         for name, target in _STAGES.items()
     }
+    evaluate = _options(EvaluateOptions, "evaluate", _table(raw, "evaluate"))
     return Recipe(
         name=_text(raw, "name", path.stem),
         teacher=_place(_text(raw, "teacher"), path.parent),
@@ -130,7 +132,7 @@ def read_recipe(path: Path) -> Recipe:
         students=students,
         formats=formats,
         prompt=_text(raw, "prompt", "The"),
-        evaluate=_options(EvaluateOptions, "evaluate", _table(raw, "evaluate")),
+        evaluate=dataclasses.replace(evaluate, task_data=_place(evaluate.task_data, path.parent)),
         out=raw.get("out"),
         **stages,
     )
