@@ -153,7 +153,7 @@ def _planned(folder: Path, manifest: Manifest) -> BundleFacts:
             "The manifest does not describe the model.", found=f"{folder / NAME}: shape: {error}", todo="make it again"
         ) from None
     bits: dict[Any, EmbeddingBits] = {4: "4", 8: "8"}
-    grids = mapping(manifest.results.get("bits"))
+    grids = mapping(mapping(manifest.results).get("bits"))
     embedding = bits.get(grids.get("model.embed_tokens"), "float") if manifest.kind == "int4" else "4"
     tokenizer = folder / "tokenizer.json"
     size = tokenizer.stat().st_size if tokenizer.is_file() else 0
@@ -178,7 +178,7 @@ def _why(error: NanokitError, profile: DeviceProfile) -> str:
 
 
 def _lived(manifest: Manifest) -> list[Lived]:
-    return list(_recorded(manifest.results.get("checks")))
+    return list(_recorded(mapping(manifest.results).get("checks")))
 
 
 def _recorded(checks: Any) -> Iterator[Lived]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from shlex import quote
 from typing import Any
@@ -36,6 +36,8 @@ ROWS: Mapping[str, Mapping[str, str]] = {
     },
 }  # fmt: skip
 WORST_LINEARS = 5
+LEAST = 1e-9
+"""Nats below which a KL is float32's own noise: the curve's floor."""
 CONTEXT = 100
 """Characters before a flip."""
 
@@ -43,7 +45,7 @@ CONTEXT = 100
 def capabilities(report: Report) -> str:
     """The ladder: for each capability a bar for each stage."""
     name, heading, cards = "capabilities", "Capabilities", report.cards
-    ask = "nanokit evaluate {} --tasks TASKS --record"
+    ask = "nanokit evaluate {} --tasks TASKS --reference TEACHER --record"
     if not cards:
         what = "What it still knows, capability by capability, was not measured."
         return section(name, heading, missing(what, ask.format(quote(report.folder))))
@@ -60,7 +62,7 @@ def capabilities(report: Report) -> str:
         for step in report.steps
         if step.folder and step.ancestor.kind not in measured
     )
-    return section(name, heading, paragraph(about), f'<div class="ladders">{tables}</div>', todo, _answer_flips(report))
+    return section(name, heading, paragraph(about), f'<div class="ladders">{tables}</div>', todo)
 
 
 def _ladder(name: str, cards: Sequence[Card]) -> str:
@@ -77,20 +79,6 @@ def _rung(card: Card, one: Score) -> str:
         f'<tr class="{stage_class(card.kind)}"><th scope="row">{escape(card.stage)}</th>'
         f"<td>{score_bar(one.score, one.error)}</td><td>{percent(one.score, 0)}</td><td>{share}</td></tr>"
     )
-
-
-def _answer_flips(report: Report) -> str:
-    """Questions that the teacher answers rightly and the artifact does not."""
-    if not report.answers:
-        return ""
-    listed = "".join(f"<li>{_answer(one)}</li>" for one in report.answers)
-    about = "Right in the baseline, wrong here: green what was expected, struck out what is said now."
-    return f'<h3 id="answers">Lost answers</h3>{paragraph(about)}<ol class="flips">{listed}</ol>'
-
-
-def _answer(one: AnswerFlip) -> str:
-    label, task = escape(_line(one.label)), escape(one.task)
-    return f'<span class="before">{label}</span> {_changed(one.expected, one.said)}<small>{task}</small>'
 
 
 def divergence(report: Report) -> str:
@@ -122,8 +110,8 @@ def _tail(found: Sequence[Divergence]) -> str:
         points = [(-math.log10(1 - share), one.figures[name].value) for name, (share, _) in TAIL.items() if name in one.figures]  # noqa: E501  # fmt: skip
         if "Maximum KLD" in one.figures and one.tokens > 1:
             points.append((math.log10(one.tokens), one.figures["Maximum KLD"].value))
-        lines[stage_class(one.kind)] = sorted(points)
-    values = [y for points in lines.values() for _x, y in points if y > 0]
+        lines[stage_class(one.kind)] = sorted((x, min(max(y, LEAST), 1 / LEAST)) for x, y in points)
+    values = [y for points in lines.values() for _x, y in points]
     if len(values) < 2:
         return ""
     y_ticks = [(tick, number(tick)) for tick in log_ticks(min(values), max(values))]
@@ -166,18 +154,35 @@ def _figure(name: str, figure: Figure | None) -> str:
 
 
 def flips(report: Report) -> str:
-    """Tokens that the reference has right and the model wrong, with their text."""
-    if not report.divergences:
-        return ""
-    one = report.divergences[-1]
-    counts = f"Of {one.tokens:,} tokens {one.lost:,} are right in {one.reference} and wrong in the {one.stage}, "
-    counts += f"{one.gained:,} the other way round."
-    if one.flips:
-        counts += " These lost most: green the right token, struck out what is said instead."
-    elif one.lost:
-        counts += " Their texts were not recorded."
-    listed = "".join(f"<li>{_flip(flip)}</li>" for flip in one.flips)
-    return section("flips", "Worst flips", paragraph(counts), f'<ol class="flips">{listed}</ol>' if listed else "")
+    """Answers and tokens that the teacher has right and the model wrong, with their text."""
+    parts = []
+    if report.answers:
+        counts = (
+            f"{plural(report.answers.lost, 'right answer')} of the teacher’s lost, {report.answers.gained:,} gained."
+        )
+        if report.answers.worst:
+            counts += " Green what was expected, struck out what is said now."
+        parts += ["<h3>Answers</h3>", paragraph(counts), _listed(map(_answer, report.answers.worst))]
+    if report.divergences:
+        one = report.divergences[-1]
+        counts = f"Of {one.tokens:,} tokens {one.lost:,} are right in {one.reference} and wrong in {one.stage}, "
+        counts += f"{one.gained:,} the other way round."
+        if one.flips:
+            counts += " These lost most: green the right token, struck out what is said instead."
+        elif one.lost:
+            counts += " Their texts were not recorded."
+        parts += ["<h3>Tokens</h3>", paragraph(counts), _listed(map(_flip, one.flips))]
+    return section("flips", "Worst flips", *parts) if parts else ""
+
+
+def _listed(entries: Iterable[str]) -> str:
+    listed = "".join(f"<li>{entry}</li>" for entry in entries)
+    return f'<ol class="flips">{listed}</ol>' if listed else ""
+
+
+def _answer(one: AnswerFlip) -> str:
+    label = escape(_line(one.label))
+    return f'<span class="before">…{label}</span> {_changed(one.expected, one.said)}<small>{escape(one.task)}</small>'
 
 
 def _flip(flip: Flip) -> str:

@@ -20,7 +20,7 @@ from nano.errors import NanokitError, RequestError
 from nano.history import Step, lineage
 from nano.integrity import file_entries, find_faults, unlisted_files
 from nano.manifest import Manifest, read_manifest
-from nano.report.types import Card, Divergence, Flip, Report, Score
+from nano.report.types import AnswerFlip, AnswerFlips, Card, Divergence, Flip, Report, Score
 from nano.shapes import ModelShape
 from nano.untrusted import items, mapping, number, numbers, text, whole
 
@@ -31,7 +31,7 @@ LABELS = {"executorch": "ExecuTorch", "onnx": "ONNX", "": "teacher"}
 BUNDLES = ("executorch", "onnx")
 GENERIC = {"student", "teacher", "int4", "executorch", "onnx", "bundle", "out", "model", "/", ".", ".."}
 """Names of folders that tell no model from another."""
-MOST_LAYERS = 1_000
+MOST_LAYERS, LEAST_ERROR = 1_000, 1e-12
 
 
 def gather(
@@ -75,7 +75,7 @@ def gather(
         parameters=counts[-1],
         teacher_parameters=whole(trained.results.get("teacher_parameters")) or 0,
         cards=_cards(steps),
-        answers=(),
+        answers=_answers(steps[-1]),
         divergences=tuple(one for step in steps if (one := _divergence(step))),
         layers=_layers(steps),
         phones=phones,
@@ -137,6 +137,8 @@ def _phones(folder: Path, manifest: Manifest, profiles: Sequence[str]) -> tuple[
         phones: Phones = _door("device_profiles.report:against_phones")(folder, manifest, profiles)
     except RequestError as error:
         return None, error.problem + (f" {error.found}" if error.found else "")
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # a manifest of nobody's making
+        return None, f"The manifest’s footprint cannot be used: {type(error).__name__}."
     return phones, ""
 
 
@@ -162,6 +164,16 @@ def _scores(step: Step) -> dict[str, Score]:
             questions, share = whole(entry.get("questions")) or 0, number(entry.get("of_teacher"))
             found[str(name)] = Score(score, number(entry.get("error")), questions, share)
     return found
+
+
+def _answers(step: Step) -> AnswerFlips | None:
+    said = mapping(mapping(step.results.get("scorecard")).get("flips"))
+    lost, gained = whole(said.get("lost")), whole(said.get("gained"))
+    if lost is None or gained is None:
+        return None
+    names = ("task", "label", "expected", "said")
+    worst = (AnswerFlip(*(text(mapping(raw).get(name), 400) for name in names)) for raw in items(said.get("worst")))
+    return AnswerFlips(lost, gained, tuple(worst))
 
 
 def _divergence(step: Step) -> Divergence | None:
@@ -208,13 +220,20 @@ def _layers(steps: Sequence[Step]) -> Manifest | None:
     """What `quantize.report` needs to draw the linears' errors; only numbers are let through."""
     for step in reversed(steps):
         layers = whole(step.shape.get("num_layers"))
-        after, before = (numbers(step.results.get(name)) for name in ("relative_error", "rounding_error"))
+        after, before = (_errors(step.results.get(name)) for name in ("relative_error", "rounding_error"))
         if step.ancestor.kind == "int4" and after and before and layers and layers <= MOST_LAYERS:
             results = {"relative_error": after, "rounding_error": before, "bits": numbers(step.results.get("bits"))}
             inputs = {"student": {"path": "student"}}
             recipe = {"method": text(step.recipe.get("method")), "ran": text(step.recipe.get("ran"))}
             return Manifest("int4", inputs=inputs, results=results, recipe=recipe, shape={"num_layers": layers})
     return None
+
+
+def _errors(values: Any) -> dict[str, float]:
+    """Those that can be errors: a chart of others has no axis."""
+    return {
+        name: value for name, value in numbers(values).items() if value == 0 or LEAST_ERROR < value < 1 / LEAST_ERROR
+    }
 
 
 def _warnings(report: Report) -> list[str]:

@@ -141,7 +141,7 @@ def _said(phone: Phone, most: int) -> str:
 
 
 def _measured(one: Lived) -> str:
-    how = "lived" if one.fits else "read its weights from storage again and again"
+    how = "passed" if one.fits else "read its weights from storage again and again"
     how = f"killed in the phase ‘{escape(one.died)}’" if one.died else how
     said = f"<b>Measured</b> at context {one.context:,}: {how}"
     if one.peak_dirty is not None:

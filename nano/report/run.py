@@ -16,6 +16,7 @@ from nano.ci import check_report
 from nano.errors import OutputExistsError, RequestError
 from nano.folder import write_text_atomically
 from nano.history import Step, lineage
+from nano.integrity import file_entries
 from nano.manifest import NAME, fingerprint, read_manifest
 from nano.report.facts import gather, model_name
 from nano.report.page import GENERATOR, report_page
@@ -25,6 +26,7 @@ from nano.report.types import Report
 def default_page(folder: Path) -> Path:
     """Where the page goes: in the current folder, named after the model and the folder."""
     manifest = read_manifest(folder)
+    file_entries(manifest, folder)
     name = model_name(lineage(folder, manifest)[::-1])
     return Path(f"{name}-{manifest.kind}-report.html")
 
@@ -73,7 +75,10 @@ def find_teacher(folder: Path) -> Path:
 
 def _is_there(step: Step) -> bool:
     path = Path(step.ancestor.path)
-    return bool(step.ancestor.path) and path.is_dir() and fingerprint(path) == step.ancestor.fingerprint
+    try:
+        return bool(step.ancestor.path) and path.is_dir() and fingerprint(path) == step.ancestor.fingerprint
+    except OSError:
+        return False
 
 
 def check_writable(folder: Path) -> None:

@@ -44,12 +44,21 @@ class Card:
 
 @dataclass(frozen=True)
 class AnswerFlip:
-    """A question that the baseline answers rightly and the model does not."""
+    """A question that the teacher answers rightly and the model does not."""
 
     task: str
     label: str
     expected: str
     said: str
+
+
+@dataclass(frozen=True)
+class AnswerFlips:
+    """Questions that only the teacher (`lost`) or only the model (`gained`) answers rightly; the worst of the lost."""
+
+    lost: int
+    gained: int
+    worst: tuple[AnswerFlip, ...]
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ class Report:
         steps: its history, the furthest ancestor first, the folder itself last.
         parameters, teacher_parameters: how many; 0 where not known.
         cards: scorecards, in the order of the steps.
-        answers: questions that were lost against a baseline.
+        answers: questions that flipped against the teacher; None where that is not recorded.
         divergences: recorded ones, likewise.
         layers: an int4 manifest with the linears' errors; None where none is known.
         phones: memory and speed; None where `no_phones` says why.
@@ -134,7 +143,7 @@ class Report:
     parameters: int
     teacher_parameters: int
     cards: tuple[Card, ...]
-    answers: tuple[AnswerFlip, ...]
+    answers: AnswerFlips | None
     divergences: tuple[Divergence, ...]
     layers: Manifest | None
     phones: Phones | None
