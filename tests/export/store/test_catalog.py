@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import look
 
 from export.store.catalog import catalog_page, gather, write_catalog
 from export.store.push import push_bundle
 from export.store.reference import Reference, parse_reference
 from nano.errors import NanokitError, OutputExistsError
 
-from .conftest import make_bundle, measured, run
+from .conftest import make_bundle, measured
 
 EVIL = '"><script>document.title="hacked"</script><img src=x onerror=alert(1)>'
 
@@ -40,21 +41,13 @@ def store(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def dom(tmp_path: Path, program: Callable[[str], str]) -> Callable[..., str]:
+def dom(tmp_path: Path) -> Callable[..., str]:
     """The page as Chromium has it after its script ran, and after one of the test's."""
-    chromium = program("chromium-headless-shell")
 
-    def look(page: Path, state: str = "", script: str = "", width: int = 1280) -> str:
-        text = page.read_text()
-        if script:
-            text = text.replace("</main>", f"<script>{script}</script></main>")
-        (tmp_path / "look.html").write_text(text)
-        done = run(chromium, "--no-sandbox", "--dump-dom", "--virtual-time-budget=2000", f"--window-size={width},900",
-                   f"file://{tmp_path / 'look.html'}#{state}")  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def opened(page: Path, state: str = "", script: str = "", width: int = 1280) -> str:
+        return look(page, tmp_path, state=state, script=script, width=width).dom
 
-    return look
+    return opened
 
 
 def shown(dom: str) -> list[str]:
