@@ -238,8 +238,9 @@ def _lacking(spec: TaskFile) -> str:
         return "tests, as the metric is 'code'"
     if spec.metric != "code" and not spec.answer:
         return "an answer"
-    low = [key for key in ("max_new_tokens", "limit") if (getattr(spec, key) or 1) < 1] + ["shots"] * (spec.shots < 0)
-    return f"a number above 0 for {', '.join(low)}" if low else "" if spec.prompt else "a prompt"
+    if spec.max_new_tokens < 1 or (spec.limit is not None and spec.limit < 1) or spec.shots < 0:
+        return "max_new_tokens and limit of 1 or more, shots of 0 or more"
+    return "" if spec.prompt else "a prompt"
 
 
 def make_task(spec: TaskFile, folder: Path, where: str, limit: int | None = None) -> Task:
