@@ -27,6 +27,7 @@ def evaluate(
     sequence_length: int = 256,
     activations: Literal["float", "int8", "int8-xnnpack", "int8-ort"] = "float",
     save: Path | None = None,
+    save_reference: Path | None = None,
     record: Annotated[bool, Negative] = False,
     json: Annotated[bool, Negative] = False,
 ) -> int:
@@ -46,8 +47,9 @@ def evaluate(
     task_limit
         Questions of each task, at most; drawn by the task's seed.
     reference
-        Another model of the same vocabulary; adds the divergence from it: KL and its tail, the change of the right
-        token's probability, the same most likely token, the relative logit error. With --tasks the teacher, a model or
+        Another model of the same vocabulary, or what --save-reference kept of one; adds the divergence from it: KL and
+        its tail, the change of the right token's probability, the same most likely token, and of a model that is run
+        the relative logit error. With --tasks the teacher, a model or
         a saved scorecard: scores are shown as shares of its scores too.
     tokens
         How many tokens to predict, at most.
@@ -59,6 +61,9 @@ def evaluate(
     save
         Keep the figures of each document or question in this JSON file: the baseline that `nanokit compare` judges
         others by. An older file is replaced.
+    save_reference
+        Keep what the model says of the text in this file, 124 bytes a token: --reference FILE then stands for the
+        model, on the same text. An older file is replaced.
     record
         Put the scorecard into the model's manifest.json, where stores and reports find it.
     json
@@ -66,6 +71,8 @@ def evaluate(
         logit_error and divergence, whose names are llama.cpp's; of tasks capabilities, tasks and answers.
     """
     if tasks:
+        if save_reference is not None:
+            raise RequestError("--save-reference belongs to text.", found="--tasks", todo="leave one of them out")
         return _evaluate_tasks(
             model, tasks, data, (task_data, task_limit), reference, activations, save, record=record, json=json
         )
@@ -73,34 +80,43 @@ def evaluate(
     assert data is not None
     from nano.baseline import write_baseline
     from nano.ci import check_report
-    from nano.evaluate import EvaluateOptions, evaluate_by_document, evaluate_folders
+    from nano.evaluate import EvaluateOptions, evaluate_by_document, measure_folders
     from nano.progress import emit_json, say, show
     from nano.scores_table import scores_table
 
     _positive(tokens=tokens, sequence_length=sequence_length)
-    if save is not None:
-        check_report(save)
+    for path in (save, save_reference):
+        if path is not None:
+            check_report(path)
     folder = resolve_model(model)
-    against = None if reference is None else resolve_model(reference)
+    against = None if reference is None else _reference(reference)
+    options = EvaluateOptions(tokens, sequence_length, activations)
     if save is None:
-        scores = evaluate_folders(
-            folder,
-            data,
-            reference_folder=against,
-            tokens=tokens,
-            sequence_length=sequence_length,
-            activations=activations,
-        )
+        scores = measure_folders(folder, data, against, options, save_reference).scores
     else:
-        options = EvaluateOptions(tokens, sequence_length, activations)
-        scores, baseline = evaluate_by_document(folder, data, against, options)
+        scores, baseline = evaluate_by_document(folder, data, against, options, save_reference)
         write_baseline(save, baseline)
         say(f"saved {save}: {len(baseline.units)} documents or windows")
+    if save_reference is not None:
+        say(f"saved {save_reference}: {save_reference.stat().st_size / scores.tokens:.1f} bytes a token")
     if json:
         emit_json({"model": model, "reference": reference, "activations": activations, **scores.full_dict()})
     else:
         show(scores_table({"model": model, "reference": reference}, scores))
     return 0
+
+
+def _reference(name: str) -> Path:
+    """A model's folder, or a file that --save-reference wrote."""
+    from nano.reference_file import is_stored
+
+    path = Path(name).expanduser()
+    if path.is_file() and not is_stored(path):
+        raise BadFileError(
+            "This is neither a model nor a stored reference.", found=name,
+            todo="make one with: nanokit evaluate REFERENCE --data TEXT --save-reference FILE",
+        )  # fmt: skip
+    return path if path.is_file() else resolve_model(name)
 
 
 def _text_only(data: list[Path] | None, task_data: Path | None, task_limit: int | None, *, record: bool) -> None:
@@ -168,7 +184,8 @@ def compare(
     task_limit
         Questions of each task, at most; as the saved scorecard where not given.
     reference
-        Model that KL and agreement are measured from, the same as the baseline's; where both sides are models and
+        Model that KL and agreement are measured from, or what evaluate --save-reference kept of it; the same as the
+        baseline's; where both sides are models and
         it is not given, the baseline itself.
     gate
         TOML file of limits; docs/gate.md lists its keys and their defaults.
@@ -194,7 +211,7 @@ def compare(
         _file_or_model(baseline),
         _file_or_model(candidate),
         data=data or (),
-        reference=None if reference is None else resolve_model(reference),
+        reference=None if reference is None else _reference(reference),
         gate=gate,
         tokens=tokens,
         sequence_length=sequence_length,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -37,10 +37,17 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Figure:
-    """A number and, where it is known, its standard error."""
+    """A number and, where it is known, its standard error.
+
+    Attributes:
+        value: the number.
+        error: its standard error over tokens.
+        estimated: whether it rests on a sample of the reference's distributions (`nano.reference`), not on all of them.
+    """
 
     value: float
     error: float | None = None
+    estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class TokenFigures:
         same_T: whether both have the same most likely token.
         top_T: the model's most likely token id; None where it is not kept.
         reference_top_T: of the reference, among the ids that both have.
+        kl_variance_T: variance of kl_T where that is estimated from a sample of the reference; None where it is exact.
     """
 
     nll_T: Floats
@@ -68,6 +76,7 @@ class TokenFigures:
     same_T: Flags | None = None
     top_T: Ids | None = None
     reference_top_T: Ids | None = None
+    kl_variance_T: Floats | None = None
 
 
 def token_figures(ids: npt.NDArray[np.int64], logits: Logits, reference: Logits | None = None) -> TokenFigures:
@@ -188,7 +197,9 @@ def joined(parts: Sequence[TokenFigures]) -> TokenFigures:
 def divergence(tokens: TokenFigures) -> dict[str, Figure]:
     """The figures by name: llama.cpp's where it prints them, then flips.
 
-    Empty without a reference. An error is None where there is one token only.
+    Empty without a reference. An error is None where there is one token only. Where the reference was sampled, those of
+    KL are estimates: the mean is right on average, by the error that "Mean KLD sampling error" gives; the noise of
+    single tokens widens the tail, so its upper percentiles and the maximum are rather too high.
     """
     if tokens.kl_T is None or tokens.reference_nll_T is None or tokens.same_T is None:
         return {}
@@ -198,6 +209,9 @@ def divergence(tokens: TokenFigures) -> dict[str, Figure]:
     for name, share in reversed(KL_TAIL.items()):
         found[f"{name} KLD"] = Figure(float(np.quantile(tokens.kl_T, share)))
     found["Median KLD"] = Figure(float(np.median(tokens.kl_T)))
+    if tokens.kl_variance_T is not None:
+        found |= {name: replace(one, estimated=True) for name, one in found.items() if name.endswith("KLD")}
+        found["Mean KLD sampling error"] = Figure(math.sqrt(float(tokens.kl_variance_T.sum())) / n)
     change = np.exp(-tokens.nll_T) - np.exp(-tokens.reference_nll_T)
     found["Mean Δp"] = mean(change)
     found["Maximum Δp"] = Figure(float(change.max()))

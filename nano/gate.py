@@ -43,8 +43,8 @@ MIN_UNITS = 10
 """Fewer units say nothing about other text."""
 WORST = 3
 _CHUNK = 4_000_000
-_NO_KL = 1e-9
-"""Nats a token below which a baseline is its own reference, and a rise of its KL has no meaning."""
+_NO_KL = 1e-6
+"""Nats a token below which a baseline is its own reference, run or stored, and a rise of its KL has no meaning."""
 
 
 @dataclass(frozen=True)

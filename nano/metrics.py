@@ -33,8 +33,9 @@ class Scores:
         reference_perplexity: of the reference, where there is one; so are the following.
         kl: mean KL(reference || model) in nats a token.
         kl_error: its standard error over tokens.
+        kl_sampling_error: the part of it that a stored reference's sample brings; None where the reference was run.
         top1: share of positions with the same most likely token, 0 to 1.
-        logit_error: relative error of the logits.
+        logit_error: relative error of the logits; None against a stored reference.
         accuracy: share of tokens that the model finds the most likely, 0 to 1.
         calibration_error: of the model's most likely token, 0 to 1.
         divergence: figures against the reference by name, see `nano.divergence`.
@@ -45,6 +46,7 @@ class Scores:
     reference_perplexity: float | None = None
     kl: float | None = None
     kl_error: float | None = None
+    kl_sampling_error: float | None = None
     top1: float | None = None
     logit_error: float | None = None
     accuracy: float | None = None
@@ -82,16 +84,19 @@ class Meter:
             logits: (T, V) of the model.
             reference: (T, V') of the reference; the columns both have are compared.
         """
-        found = token_figures(ids, logits, reference)
-        self.windows.append(found)
-        self.tokens += len(found.nll_T)
-        self._nll += float(found.nll_T.sum())
+        self.take(token_figures(ids, logits, reference))
         if reference is not None:
             width = min(logits.shape[-1], reference.shape[-1])
             for ours, theirs in zip(logits[:-1, :width], reference[:-1, :width], strict=True):
                 gap = ours - theirs
                 self._difference += float(np.vdot(gap, gap))
                 self._magnitude += float(np.vdot(theirs, theirs))
+
+    def take(self, figures: TokenFigures) -> None:
+        """One window whose figures are known."""
+        self.windows.append(figures)
+        self.tokens += len(figures.nll_T)
+        self._nll += float(figures.nll_T.sum())
 
     @property
     def perplexity(self) -> float:
@@ -115,7 +120,8 @@ class Meter:
             reference_perplexity=found["Mean PPL(base)"].value,
             kl=found["Mean KLD"].value,
             kl_error=found["Mean KLD"].error,
+            kl_sampling_error=found["Mean KLD sampling error"].value if "Mean KLD sampling error" in found else None,
             top1=found["Same top p"].value,
-            logit_error=math.sqrt(self._difference / self._magnitude),
+            logit_error=math.sqrt(self._difference / self._magnitude) if self._magnitude else None,
             divergence=found,
         )

@@ -18,7 +18,7 @@ def _figure_text(name: str, figure: Figure) -> str:
     share = name.endswith("p") or name == "Flips"
     scale, unit, form = (100, " %", ".3f") if share else (1, "", ".6f")
     error = "" if figure.error is None else f" ± {figure.error * scale:{form}}"
-    return f"{figure.value * scale:{form}}{error}{unit}"
+    return f"{figure.value * scale:{form}}{error}{unit}{' (estimated)' if figure.estimated else ''}"
 
 
 def scores_table(models: Mapping[str, str | None], scores: Scores) -> Table:
@@ -30,6 +30,7 @@ def scores_table(models: Mapping[str, str | None], scores: Scores) -> Table:
         "tokens": f"{scores.tokens:,}",
         "perplexity of the reference": scores.reference_perplexity and f"{scores.reference_perplexity:.4f}",
         "KL, nats a token": scores.kl is not None and f"{scores.kl:.3g} ± {scores.kl_error:.2g}",
+        "of that the stored sample's": scores.kl_sampling_error is not None and f"± {scores.kl_sampling_error:.2g}",
         "same most likely token": scores.top1 is not None and f"{scores.top1:.2%}",
         "relative logit error": scores.logit_error is not None and f"{scores.logit_error:.3%}",
         "accuracy of the most likely token": scores.accuracy is not None and f"{scores.accuracy:.2%}",
