@@ -14,7 +14,7 @@ from nano.errors import BadFileError
 from nano.folder import MIB, sha256_file
 from nano.manifest import NAME, Manifest
 from nano.progress import track
-from nano.untrusted import mapping
+from nano.untrusted import mapping, whole
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -45,8 +45,8 @@ def file_entries(manifest: Manifest, folder: Path) -> dict[str, tuple[int, str]]
     for name, entry in mapping(manifest.files).items() or [("files", manifest.files)]:
         parts = PurePosixPath(name).parts
         within = bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name
-        size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, Mapping) else (None, None)
-        if not within or not isinstance(size, int) or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        size, sha256 = whole(mapping(entry).get("bytes")), mapping(entry).get("sha256")
+        if not within or size is None or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
             raise BadFileError(
                 "manifest.json names a file in a form that is not known.",
                 found=f"{folder / NAME}: {name!r}: {entry!r}",

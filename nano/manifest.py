@@ -19,6 +19,7 @@ from typing import Any
 
 from nano.errors import BadFileError, RequestError
 from nano.folder import sha256_file, write_text_atomically
+from nano.untrusted import items
 from nano.version import __version__
 
 NAME = "manifest.json"
@@ -130,7 +131,7 @@ def read_manifest(folder: Path) -> Manifest:
             todo="make it again, or use the nanokit that made it",
         )
     known = {f.name for f in dataclasses.fields(Manifest)}
-    raw["command"] = tuple(raw.get("command", ()))
+    raw["command"] = tuple(items(raw.get("command")))
     return Manifest(**{key: value for key, value in raw.items() if key in known})
 
 

@@ -139,6 +139,8 @@ def _phones(folder: Path, manifest: Manifest, profiles: Sequence[str]) -> tuple[
         return None, error.problem + (f" {error.found}" if error.found else "")
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # a manifest of nobody's making
         return None, f"The manifest’s footprint cannot be used: {type(error).__name__}."
+    if whole(phones.resident) is None:
+        return None, "The manifest’s footprint cannot be used: it is larger than any memory."
     return phones, ""
 
 

@@ -52,7 +52,8 @@ def report_page(report: Report, made: str) -> str:
     links = " ".join(f'<a href="#{name}">{words}</a>' for name, words in there.items())
     head = [_lead(report), f'<nav aria-label="Sections">{links}</nav>', _warnings(report), _chain(report)]
     foot = f"<footer>{GENERATOR} {escape(__version__)}, {escape(made)}</footer>"
-    return html_page(report.title, [f"<style>{STYLE}</style>", *head, _figures(report), *sections, foot])
+    html = html_page(report.title, [f"<style>{STYLE}</style>", *head, _figures(report), *sections, foot])
+    return html.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
 
 
 def _lead(report: Report) -> str:
