@@ -215,7 +215,13 @@ def _generate(model: LanguageModel, task: Task, progress: Track) -> list[_Reply]
 def _answer(task: Task, index: int, said: str, score: float) -> Answer:
     question = task.questions[index]
     return Answer(
-        task.name, index, question.hash, _label(question), _short(_expected(question), SAID), _short(said, SAID), score
+        task.name,
+        index,
+        question.hash,
+        _label(question),
+        _short(_expected(question), SAID),
+        _short(said, SAID),
+        round(score, 4),
     )
 
 

@@ -74,6 +74,8 @@ def compare_cards(
     flips = "max_flips" in named or meant_to_be_same(before, after)
     changes = changes_of(before, after)
     notes = [summary(changes, len(after.card.answers))]
+    if len(after.card.capabilities) > 1:
+        notes.append(f"the capabilities' intervals hold together with {100 * limits.confidence:.4g}%")
     if not flips:
         notes.append(
             "flips were not judged: the two are not meant to be the same; max_flips in the gate file judges them"

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from nano.errors import RequestError
-from nano.gate import Floats, Verdict, interval, resampled
+from nano.gate import Floats, Verdict, interval
 from nano.gate_limits import Limits
 from nano.scorecard import FLIP, Answer
 from nano.scorecard_file import SavedCard
@@ -167,19 +167,24 @@ def _check(losses: Mapping[str, Floats], limits: Limits) -> None:
 
 
 def _resampled_mean(values_N: Floats, limits: Limits, number: int) -> Floats:
-    """(R,) means of questions drawn again; each capability's draws are its own."""
-    columns = {"values": values_N}
-    return resampled(columns, limits.resamples, limits.seed + number)["values"] / len(values_N)
+    """(R,) means of N questions drawn again; each capability's draws are its own.
+
+    How often each distinct value is drawn is multinomial too, and losses of right and wrong are -1, 0 and 1 only.
+    """
+    distinct, counts = np.unique(values_N, return_counts=True)
+    n = len(values_N)
+    drawn = np.random.default_rng((limits.seed, number)).multinomial(n, counts / n, size=limits.resamples)
+    means_R: Floats = drawn @ distinct / n
+    return means_R
 
 
 def _loss(name: str, before: float, after: float, judged: _Judged, changes: Sequence[Change]) -> Verdict:
     """Of one capability, or of their mean."""
     value = before - after
-    phrase = f"{name} lost" if value > 0 else f"{name}: the loss is"
     worst = [change for change in changes if change.score_after < change.score_before][:WORST]
     return Verdict(
         name, "max_score_loss" if name == MEAN else "max_capability_loss", value, *judged.span, judged.limit,
-        judged.confidence, judged.outcome, f"{phrase} {value:.1%} {judged.words}", f"{before:.1%}", f"{after:.1%}",
+        judged.confidence, judged.outcome, f"{name} lost {value:.1%} {judged.words}", f"{before:.1%}", f"{after:.1%}",
         tuple((_scores(change), change.words) for change in worst),
     )  # fmt: skip
 
