@@ -242,15 +242,14 @@ def _file_or_model(name: str) -> Path:
 def lm_eval(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
     """Run lm-evaluation-harness with nanokit's models in it: any of its tasks, on any stage's model.
 
-    nanokit lm-eval run --model nanokit --model_args path=FOLDER --tasks arc_easy
-
     Parameters
     ----------
     arguments
-        lm-eval's own command line; `lm-eval run --help` lists them. FOLDER is an HF folder, an int4 folder or a bundle;
-        model_args may also hold activations=int8-xnnpack or int8-ort (int4 folders), max_length=N and
-        add_bos_token=True.
+        lm-eval's own command line (`lm-eval run --help` lists them), for instance: run --model nanokit --model_args
+        path=FOLDER --tasks arc_easy. FOLDER is an HF folder, an int4 folder or a bundle; model_args may also hold
+        activations=int8-xnnpack or int8-ort (int4 folders), max_length=N and add_bos_token=True.
     """
+    import os
     import sys
 
     from nano.errors import require_module
@@ -261,6 +260,10 @@ def lm_eval(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) ->
     sys.argv = ["lm-eval", *arguments]  # where lm-eval's command line looks
     try:
         harness.cli_evaluate()
+    except ValueError as error:  # how lm-eval refuses arguments, task names and settings
+        if os.environ.get("NANOKIT_DEBUG"):
+            raise
+        raise RequestError("lm-evaluation-harness refused.", found=str(error), todo="lm-eval run --help") from None
     finally:
         sys.argv = before
     return 0
