@@ -202,6 +202,7 @@ def _forecasts(report: Report) -> str:
 def _speed(name: str, one: Mapping[str, Any], full: float) -> tuple[str, str, str, str]:
     low, likely, high = (float(one[key]) for key in ("low", "likely", "high"))
     error = "unknown" if one["error"] is None else f"to {percent(float(one['error']), 0)}"
-    span = f"{range_bar(low, likely, high, full)}<small>{short(low, 2)} to {short(high, 2)}</small>"
+    span = short(low, 2) if low == high else f"{short(low, 2)} to {short(high, 2)}"
+    bar = f"{range_bar(low, likely, high, full)}<small>{span}</small>"
     rests = f"<small>{plural(int(one['measurements']), 'measurement')}</small>"
-    return escape(name), short(likely, 2), span, error + rests
+    return escape(name), short(likely, 2), bar, error + rests

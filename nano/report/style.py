@@ -93,6 +93,9 @@ footer { margin-top: 48px; padding-top: 12px; border-top: 1px solid var(--line);
 @media (min-width: 720px) {
   .provenance dl { grid-template-columns: 90px minmax(0, 1fr); } .provenance dd { margin: 0; }
 }
+@media (max-width: 1000px) {
+  .curve { grid-template-columns: minmax(0, 1fr); } .curve figure { max-width: 480px; }
+}
 @media (max-width: 560px) {
   .divergence td small { display: block; margin: 0; } .panels svg text { font-size: 11.5px; }
   .speeds td:last-child small { display: none; } .speeds td:nth-child(3) { width: 42%; }
@@ -104,7 +107,8 @@ footer { margin-top: 48px; padding-top: 12px; border-top: 1px solid var(--line);
 }
 @media print {
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  body { font-size: 12px; } main { padding: 0; } nav { display: none; } h2 { margin-top: 24px; }
+  html, body { font-size: 12px; } main { padding: 0; } nav { display: none; } h2 { margin-top: 24px; }
+  .curve { grid-template-columns: minmax(0, 1fr); } .curve figure { max-width: 380px; } .wide { overflow: visible; }
   h2, h3, caption { break-after: avoid; } li, tr, figure, .ladder, .warnings { break-inside: avoid; }
 }
 """

@@ -343,7 +343,7 @@ document.title = JSON.stringify({wide, out, pale, skipped, unnamed, dead,
 """
 
 
-@pytest.mark.parametrize(("width", "dark"), [(360, False), (1280, True)])
+@pytest.mark.parametrize(("width", "dark"), [(360, False), (800, False), (1280, True)])
 def test_chromium_shows_it_whole(chain: Path, tmp_path: Path, width: int, dark: bool) -> None:
     """Nothing sticks out, is pale or is loaded; the console is silent; headings and pictures have their names."""
     add_results(chain.parent / "int4", {"divergence": divergence(), "scorecard": scorecard(coding=(0.7, 0.87))})
