@@ -100,10 +100,10 @@ def _step(ancestor: Ancestor, folder: Path | None, said: Mapping[str, Any]) -> S
 
 
 def _find(path: str, digest: str, near: Path) -> Path | None:
-    """The folder of a fingerprint: where it lay, or at the same place relative to folders above `near`."""
+    """The folder of a fingerprint: at the same place relative to folders above `near`, or where it lay then."""
     parts = PurePath(path).parts
     around = [parent.joinpath(*parts[-n:]) for parent in near.absolute().parents[:3] for n in (1, 2) if len(parts) >= n]
-    for candidate in [Path(path), *around] if digest and parts else ():
+    for candidate in [*around, Path(path)] if digest and parts else ():
         try:
             if has_manifest(candidate) and fingerprint(candidate) == digest:
                 return candidate

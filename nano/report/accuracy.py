@@ -54,13 +54,15 @@ def capabilities(report: Report) -> str:
         about += " Last column: share of the teacher’s score."
     if any(card.derived for card in cards):
         about += " The teacher’s own scores are reckoned from those shares."
-    names = dict.fromkeys(name for card in cards for name in card.capabilities)
+    if report.others:
+        about += f" Asked other questions, and not shown: {', '.join(report.others)}."
+    names = dict.fromkeys(name for card in reversed(cards) for name in card.capabilities)
     tables = "".join(_ladder(name, cards) for name in names)
     measured = {card.kind for card in cards}
     todo = "".join(
         missing(f"The {label(step)} was not measured.", ask.format(quote(str(step.folder))))
         for step in report.steps
-        if step.folder and step.ancestor.kind not in measured
+        if step.folder and step.ancestor.kind not in measured and label(step) not in report.others
     )
     return section(name, heading, paragraph(about), f'<div class="ladders">{tables}</div>', todo)
 

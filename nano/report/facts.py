@@ -10,6 +10,7 @@ Two rooms to the right know their own figures and are asked by name: `device_pro
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -66,6 +67,7 @@ def gather(
     results = mapping(manifest.results)
     counts = [_parameters(step.shape) for step in steps]
     trained = next((step for step in reversed(steps) if step.ancestor.kind == "student"), steps[-1])
+    cards = [card for step in steps if (card := _card(step))]
     report = Report(
         title=title or _title(steps),
         folder=str(folder),
@@ -74,7 +76,8 @@ def gather(
         steps=steps,
         parameters=counts[-1],
         teacher_parameters=whole(trained.results.get("teacher_parameters")) or 0,
-        cards=_cards(steps),
+        cards=_with_teacher([card for card in cards if card.asked == cards[-1].asked]),
+        others=tuple(card.stage for card in cards if card.asked != cards[-1].asked),
         answers=_answers(steps[-1]),
         divergences=tuple(one for step in steps if (one := _divergence(step))),
         layers=_layers(steps),
@@ -144,9 +147,22 @@ def _phones(folder: Path, manifest: Manifest, profiles: Sequence[str]) -> tuple[
     return phones, ""
 
 
-def _cards(steps: Sequence[Step]) -> tuple[Card, ...]:
-    """Recorded scorecards; before them the teacher's, where shares of it were recorded and it has none of its own."""
-    found = [Card(step.ancestor.kind, label(step), scores) for step in steps if (scores := _scores(step))]
+def _card(step: Step) -> Card | None:
+    """A step's scorecard; None where none was recorded."""
+    card = mapping(step.results.get("scorecard"))
+    data, tasks = mapping(card.get("data")), mapping(card.get("tasks"))
+    asked = [
+        data.get("tasks"),
+        data.get("limit"),
+        {name: mapping(task).get("questions") for name, task in tasks.items()},
+    ]
+    scores = _scores(step)
+    said = json.dumps(asked, sort_keys=True, default=str)
+    return Card(step.ancestor.kind, label(step), scores, said) if scores else None
+
+
+def _with_teacher(found: Sequence[Card]) -> tuple[Card, ...]:
+    """Scorecards, before them the teacher's, where shares of it were recorded and it has none of its own."""
     if not found or found[0].kind == "":
         return tuple(found)
     teacher: dict[str, Score] = {}

@@ -113,8 +113,9 @@ def _figures(report: Report) -> str:
     if report.cards and report.cards[-1].kind == report.kind:
         scores = report.cards[-1].capabilities.values()
         shares = [one.of_teacher for one in scores if one.of_teacher is not None]
-        mean = sum(shares) / len(shares) if shares else sum(one.score for one in scores) / len(scores)
-        shown.append(("capabilities", percent(mean, 0), f"{'of the teacher, ' if shares else ''}mean of {len(scores)}"))
+        values = shares or [one.score for one in scores]
+        about = f"{'of the teacher, ' if shares else ''}mean of {len(values)}"
+        shown.append(("capabilities", percent(sum(values) / len(values), 0), about))
     if report.divergences and report.divergences[-1].kind == report.kind:
         one = report.divergences[-1]
         worst = f"; 99 %: {short(one.figures['99.0% KLD'].value)}" if "99.0% KLD" in one.figures else ""

@@ -33,12 +33,14 @@ class Card:
         kind: of its manifest; "" for the teacher.
         stage: its label.
         capabilities: capability to score.
+        asked: what tells its questions from others.
         derived: whether it is the teacher's, reckoned from the shares that were recorded elsewhere.
     """
 
     kind: str
     stage: str
     capabilities: Mapping[str, Score]
+    asked: str = ""
     derived: bool = False
 
 
@@ -121,7 +123,8 @@ class Report:
         fingerprint: of the folder.
         steps: its history, the furthest ancestor first, the folder itself last.
         parameters, teacher_parameters: how many; 0 where not known.
-        cards: scorecards, in the order of the steps.
+        cards: scorecards, in the order of the steps; all were asked the same questions.
+        others: stages that were asked other questions.
         answers: questions that flipped against the teacher; None where that is not recorded.
         divergences: recorded ones, likewise.
         layers: an int4 manifest with the linears' errors; None where none is known.
@@ -143,6 +146,7 @@ class Report:
     parameters: int
     teacher_parameters: int
     cards: tuple[Card, ...]
+    others: tuple[str, ...]
     answers: AnswerFlips | None
     divergences: tuple[Divergence, ...]
     layers: Manifest | None

@@ -163,6 +163,14 @@ def test_the_ladder_has_every_stage_and_the_teacher_by_its_shares(chain: Path) -
     assert "82 %" in words(html)  # (75 + 90) / 2 of the teacher
 
 
+def test_stages_that_were_asked_other_questions_are_no_rung(chain: Path) -> None:
+    other = {**scorecard(coding=(0.5, 0.6)), "data": {"tasks": ["another.toml"], "limit": None}}
+    add_results(chain.parent / "student", {"scorecard": other})
+    report = gather(chain)
+    assert ([card.stage for card in report.cards], report.others) == (["teacher", "ExecuTorch"], ("student",))
+    assert "Asked other questions, and not shown: student." in words(made(chain))
+
+
 def test_memory_and_speed_are_those_of_check(chain: Path) -> None:
     report = gather(chain)
     assert report.phones is not None
@@ -234,7 +242,7 @@ def test_history_is_read_from_the_folders_and_else_from_the_manifest(chain: Path
     moved = chain.parents[1] / "elsewhere"
     (chain.parent / "int4").rename(moved)
     steps = {step.ancestor.role: step for step in lineage(chain, read_manifest(chain))}
-    assert steps["int4"].folder is None
+    assert steps["int4"].folder is None  # another name
     assert steps["student"].folder == chain.parent / "student"
     assert steps["int4"].command == ("nanokit", "int4", "--out", "a b")
     report = gather(chain)
