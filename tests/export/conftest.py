@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +100,41 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
         return made[key]
 
     return export
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """stories260K as it would ship: int4 by plain rounding, and the bundle of each format, made by the real stages.
+
+    Attributes:
+        home: where all lies.
+        text: held-out stories, JSONL.
+        int4: the int4 folder.
+    """
+
+    home: Path
+    text: Path
+    int4: Path
+
+    def bundle(self, form: str) -> Path:
+        """The bundle of a format, "executorch" or "onnx"."""
+        return self.home / form
+
+
+@pytest.fixture(scope="session")
+def shipped(stories: Path, tinystories: Path, tmp_path_factory: pytest.TempPathFactory) -> Shipped:
+    from export.options import ExportOptions
+    from export.run import run_export
+    from quantize.options import QuantizeOptions
+    from quantize.run import run_quantize
+
+    home = tmp_path_factory.mktemp("shipped")
+    text = home / "held_out.jsonl"
+    with tinystories.open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in itertools.islice(lines, 24)]
+    text.write_text("".join(json.dumps({"text": " ".join(t.split()[:40])}) + "\n" for t in texts))
+    run_quantize(stories, [], home / "int4", QuantizeOptions(method="rtn"))
+    made = Shipped(home, text, home / "int4")
+    for form in ("executorch", "onnx"):
+        run_export(made.int4, form, made.bundle(form), ExportOptions(logits="all"))  # type: ignore[arg-type]
+    return made
