@@ -5,8 +5,8 @@ A bundle's footprint comes from its manifest; an int4 folder's or a student's is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,88 +25,12 @@ from device_profiles.profile import DeviceProfile, load_profile, profile_names
 from device_profiles.speed import forecast
 from nano.errors import NanokitError, RequestError
 from nano.manifest import NAME, Manifest
+from nano.report.types import Lived, Phone, Phones
 from nano.shapes import ModelShape
 from nano.untrusted import items, mapping, number, text, whole
 
 PLANNED_CONTEXT = 4096
 BUNDLES = ("executorch", "onnx")
-
-
-@dataclass(frozen=True)
-class Lived:
-    """What `nanokit check --measure` recorded for a phone.
-
-    Attributes:
-        profile, context: what it was measured for.
-        fits: whether it lived and decoded from memory.
-        peak_dirty: bytes that it had written at most.
-        prediction_error: of the forecast of that, a fraction; None where it was not lived to see.
-        died: the phase in which it was killed; "" where it lived.
-        tokens_per_second: of decoding, on the machine that measured; None where not recorded.
-        machine, when: where and when.
-    """
-
-    profile: str
-    context: int
-    fits: bool
-    peak_dirty: int | None
-    prediction_error: float | None
-    died: str
-    tokens_per_second: float | None
-    machine: str
-    when: str
-
-
-@dataclass(frozen=True)
-class Phone:
-    """A model against one phone.
-
-    Attributes:
-        name, title: of the profile.
-        fits: by the measurement at this context where there is one, else by the forecast.
-        limits: limit to {"needed", "allowed", "fits"}; empty where the phone is known by a measurement alone.
-        longest_context: the longest that fits; None where not even one position does.
-        advice, notes: in words.
-        speed: tokens a second as forecast, see `device_profiles.speed.SpeedForecast`; None where it is not known.
-        measured: what happened under the phone's limits; None where it was not run.
-    """
-
-    name: str
-    title: str
-    fits: bool
-    limits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    longest_context: int | None = None
-    advice: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    speed: Mapping[str, Any] | None = None
-    measured: Lived | None = None
-
-
-@dataclass(frozen=True)
-class Phones:
-    """A model against all of them.
-
-    Attributes:
-        runtime, context: what the footprint is for.
-        planned: whether there is no bundle yet.
-        causes: bytes by cause.
-        dirty, resident: their sums: written, and everything.
-        error: of the forecast, the largest over the measured bundles; a fraction.
-        phones: against each profile whose limits are known.
-        unjudged: profiles that could not be judged, with why.
-        speeds: phone to forecast where the bandwidth is known, though no limit is.
-    """
-
-    runtime: str
-    context: int
-    planned: bool
-    causes: Mapping[str, int]
-    dirty: int
-    resident: int
-    error: float
-    phones: tuple[Phone, ...]
-    unjudged: Mapping[str, str] = field(default_factory=dict)
-    speeds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def against_phones(folder: Path, manifest: Manifest, names: Sequence[str] = ()) -> Phones:

@@ -14,19 +14,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nano.divergence import Figure
 from nano.errors import NanokitError, RequestError
 from nano.history import Step, lineage
 from nano.integrity import file_entries, find_faults, unlisted_files
 from nano.manifest import Manifest, read_manifest
-from nano.report.types import AnswerFlip, AnswerFlips, Card, Divergence, Flip, Report, Score
+from nano.report.types import AnswerFlip, AnswerFlips, Card, Divergence, Flip, Phones, Report, Score
 from nano.shapes import ModelShape
 from nano.untrusted import items, mapping, number, numbers, text, whole
-
-if TYPE_CHECKING:
-    from device_profiles.report import Phones
 
 LABELS = {"executorch": "ExecuTorch", "onnx": "ONNX", "": "teacher"}
 BUNDLES = ("executorch", "onnx")

@@ -6,16 +6,13 @@ import importlib
 from collections.abc import Mapping
 from html import escape
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nano.report.charts import range_bar, stacked_bar
 from nano.report.facts import BUNDLES
 from nano.report.parts import key_figures, missing, paragraph, percent, plural, section, short, table
-from nano.report.types import Report
+from nano.report.types import Lived, Phone, Phones, Report
 from nano.untrusted import mapping, number, text, whole
-
-if TYPE_CHECKING:
-    from device_profiles.report import Lived, Phone, Phones
 
 CAUSES = {
     "packed_weights": "packed weights", "kv_cache": "KV cache", "arena": "prefill activations", "logits": "logits",
