@@ -14,8 +14,8 @@ from nano.scorecard_file import (
     SavedCard,
     answers_as_dict,
     card_of,
+    check_asked,
     check_recordable,
-    is_card,
     read_card,
     record_card,
     with_teacher,
@@ -53,8 +53,10 @@ def evaluate_tasks(
         check_report(save)
     if record:
         check_recordable(folder)
-    teacher = read_card(reference) if reference is not None and is_card(reference) else None
+    teacher = read_card(reference) if reference is not None and reference.is_file() else None
     tasks = asked.load()
+    if teacher is not None:
+        check_asked(teacher, tasks)
     model = None if teacher is not None or reference is None else reference
     ours, theirs = simulation_for(activations, folder, model)
     if model is not None:

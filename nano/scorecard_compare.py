@@ -12,7 +12,7 @@ from nano.capabilities import Task
 from nano.errors import RequestError
 from nano.gate_limits import Limits
 from nano.lm import stage_of
-from nano.scorecard_file import Asked, SavedCard, card_of, check_same_questions, is_card, read_card
+from nano.scorecard_file import Asked, SavedCard, card_of, check_asked, check_same_questions, is_card, read_card
 from nano.scorecard_gate import Change, changes_of, judge_cards, summary
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def compare_cards(
         for path, side in zip((baseline, candidate), saved, strict=True):
             if side is None:
                 stage_of(path)  # a folder that is no model is refused before the other one is asked
-        _check_tasks(tasks, known)
+        if known is not None:
+            check_asked(known, tasks)
     sides = [side or card_of(path, asked, tasks) for path, side in zip((baseline, candidate), saved, strict=True)]
     before, after = sides
     check_same_questions(before, after)
@@ -96,17 +97,3 @@ def _as_saved(asked: Asked, known: SavedCard | None) -> Asked:
         return asked
     limit: Any = known.data["limit"] if asked.limit is None else asked.limit
     return Asked(asked.names or tuple(known.data["tasks"]), asked.data, limit)
-
-
-def _check_tasks(tasks: Sequence[Task], known: SavedCard | None) -> None:
-    """Refuse other questions before a model is opened."""
-    if known is None:
-        return
-    wanted = [(answer.task, answer.hash) for answer in known.card.answers]
-    if wanted != [(task.name, question.hash) for task in tasks for question in task.questions]:
-        raise RequestError(
-            "These are not the questions that the saved scorecard was asked.",
-            found=f"{sum(len(task.questions) for task in tasks)} questions of {', '.join(task.name for task in tasks)}",
-            expected=f"{len(wanted)} questions of {', '.join(known.card.tasks)}, the same word for word",
-            todo="give the same --tasks, --task-data and --task-limit, or save the scorecard again",
-        )

@@ -142,6 +142,18 @@ def check_same_questions(before: SavedCard, after: SavedCard) -> None:
     )
 
 
+def check_asked(saved: SavedCard, tasks: Sequence[Task]) -> None:
+    """Raise RequestError, before a model is opened, unless a saved scorecard was asked these questions."""
+    wanted = [(answer.task, answer.hash) for answer in saved.card.answers]
+    if wanted != [(task.name, question.hash) for task in tasks for question in task.questions]:
+        raise RequestError(
+            "These are not the questions that the saved scorecard was asked.",
+            found=f"{sum(len(task.questions) for task in tasks)} questions of {', '.join(task.name for task in tasks)}",
+            expected=f"{len(wanted)} questions of {', '.join(saved.card.tasks)}, the same word for word",
+            todo="give the same --tasks, --task-data and --task-limit, or save the scorecard again",
+        )
+
+
 def record_card(folder: Path, saved: SavedCard) -> None:
     """Put the scores into the folder's manifest.json, where a catalogue and a report find them.
 

@@ -7,6 +7,7 @@ does not, a folder is named for it.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,7 +124,7 @@ def load_tasks(names: Sequence[str], data: Path | None = None, limit: int | None
     found: list[Task] = []
     for name in names:
         if name == DEMO:
-            found += [_limited(task, limit) for task in _demo_tasks()]
+            found += _demo_tasks(limit)
             continue
         path, part = _find(name)
         folder = path.parent if data is None else data
@@ -141,14 +142,11 @@ def packaged_names() -> list[str]:
     return sorted(path.stem for path in PACKAGED.glob("*.toml"))
 
 
-def _demo_tasks() -> tuple[Task, ...]:
-    from nano.demo.tasks import demo_tasks
-
-    return tuple(demo_tasks())
-
-
-def _limited(task: Task, limit: int | None) -> Task:
-    return task if limit is None else dataclasses.replace(task, questions=task.questions[:limit])
+def _demo_tasks(limit: int | None) -> tuple[Task, ...]:
+    """The demo's questions, as many of each task as it makes or as are asked for."""
+    make = importlib.import_module("nano.demo.tasks").demo_tasks
+    tasks: tuple[Task, ...] = make() if limit is None else make(limit)
+    return tasks
 
 
 def _find(name: str) -> tuple[Path, str]:
