@@ -203,7 +203,7 @@ def _build_student(
         inputs = {"int4": fingerprint(int4), "options": recipe.export, "heldout": fingerprints(heldout)}
         _export_stage(build, format, bundle, int4, inputs, heldout)
         row, card = judged(format, bundle)
-        rows.append(({**row, **_checked(bundle, wish.profile)}, card))
+        rows.append(({**row, **_checked(bundle, wish.profile), "report": _reported(bundle)}, card))
     return rows
 
 
@@ -313,6 +313,15 @@ def _sample(recipe: Recipe, out: Path) -> dict[str, str]:
     return texts
 
 
+def _reported(bundle: Path) -> str:
+    """The page about a bundle, beside it; its files were hashed when they were written."""
+    from nano.report.run import run_report
+
+    page = bundle.with_suffix(".html")
+    run_report(bundle, page, hashed=False, force=True)
+    return str(page)
+
+
 def _print(
     recipe: Recipe, out: Path, rows: list[dict[str, Any]], samples: dict[str, str], ladder: Ladder | None
 ) -> None:
@@ -330,5 +339,7 @@ def _print(
     if ladder:
         show(ladder_table(ladder))
         say(f"{agreement(ladder)}; the ladder is drawn in {out / PICTURE}")
+    pages = [str(Path(row["report"]).relative_to(out)) for row in rows if "report" in row]
+    say(f"a page about each bundle, in {out}/: {', '.join(pages)}")
     for name, text in samples.items():
         say(f"{name} says: {text}")
