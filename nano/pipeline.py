@@ -238,7 +238,8 @@ def _evaluated(
     divergence = scores.pop("divergence", None)
     if divergence and has_manifest(model) and read_manifest(model).results.get("divergence") != divergence:
         add_results(model, {"divergence": divergence})
-    size = sum(p.stat().st_size for p in model.rglob("*") if p.is_file())
+    # Without the manifest, which grows as figures are added to it.
+    size = sum(p.stat().st_size for p in model.rglob("*") if p.is_file() and p.name != MANIFEST)
     row = {"student": wish.name, "stage": stage, "path": str(model), "bytes": size, **scores}
     if has_manifest(model):
         row["parity"] = read_manifest(model).results.get("parity")
