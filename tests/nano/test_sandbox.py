@@ -14,7 +14,7 @@ import pytest
 
 from nano.sandbox import CHILD, SandboxLimits, code_of, passes, run_python
 
-SHORT = SandboxLimits(seconds=1, wall_seconds=4.0)
+SHORT = SandboxLimits(seconds=1, wall_seconds=10.0)
 ADD = "def add(a, b):\n    return a + b\n"
 
 
@@ -43,8 +43,9 @@ def test_an_endless_loop_ends() -> None:
     ran = run_python("while True: pass", [], SHORT)
     assert not ran.passed
     assert ran.reason in ("out of time", "killed by SIGXCPU", "killed by SIGKILL")
-    assert time.monotonic() - start < 10
-    assert run_python("import time\ntime.sleep(60)", [], SHORT).reason == "out of time"
+    assert time.monotonic() - start < 20
+    asleep = run_python("import time\ntime.sleep(60)", [], SandboxLimits(wall_seconds=2.0))
+    assert asleep.reason == "out of time"
 
 
 def test_a_memory_bomb_fails() -> None:
@@ -61,8 +62,8 @@ def test_processes_cannot_be_started() -> None:
 def test_the_kernel_refuses_processes_too() -> None:
     """The limits without Python's hooks, as code would find them that had got around those."""
     script = (
-        "import os, sys; sys.argv = ['x']; source = open(sys.orig_argv[-1]).read().replace('\\nmain()', '');"
-        "exec(source); limit({'seconds': 5, 'memory_bytes': 1 << 29, 'file_bytes': 1, 'open_files': 9}); os.fork()"
+        "import os, sys; space = {'__name__': 'child'}; exec(open(sys.orig_argv[-1]).read(), space);"
+        "space['limit']({'seconds': 5, 'memory_bytes': 1 << 29, 'file_bytes': 1, 'open_files': 9}); os.fork()"
     )
     done = subprocess.run([sys.executable, "-c", script, str(CHILD)], capture_output=True, text=True, check=False)
     assert "BlockingIOError" in done.stderr

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nano.capabilities import Length, Question, Task
+from nano.cli import run
 from nano.lm import open_model
 from nano.manifest import Manifest, read_manifest, write_manifest
 from nano.scorecard import mean_error, run_tasks
@@ -117,7 +118,7 @@ def task_file(tmp_path: Path) -> Path:
 
 
 def test_the_command_saves_records_and_compares(
-    stories: Path, task_file: Path, tmp_path: Path, nanokit: Callable[..., Any]
+    stories: Path, task_file: Path, tmp_path: Path, nanokit: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = tmp_path / "card.json"
     ran = nanokit("evaluate", stories, "--tasks", task_file, "--save", saved, "--json")
@@ -133,34 +134,30 @@ def test_the_command_saves_records_and_compares(
     assert (same.status, "0 of 12 answers changed" in same.stdout) == (0, True), same.stderr
     with task_file.open("a") as file:
         file.write("header = 'x'\n")
-    other = nanokit("compare", saved, stories)
-    assert (other.status, other.stdout) == (2, "")
-    assert "not the questions" in other.stderr
-
-    refused = nanokit("evaluate", stories, "--tasks", task_file, "--record")
-    assert refused.status == 2
-    assert "no manifest.json" in refused.stderr
+    assert run(["compare", str(saved), str(stories)]) == 2
+    assert "not the questions" in capsys.readouterr().err
     for arguments, message in (
+        (("--tasks", task_file, "--record"), "no manifest.json"),
+        (("--tasks", task_file, "--reference", saved), "not the questions"),
         (("--tasks", "piqa"), "--task-data DIR"),
         (("--tasks", task_file, "--data", task_file), "on text or on tasks"),
         ((), "nothing to measure on"),
         (("--tasks", task_file, "--task-limit", "0"), "at least 1"),
     ):
-        ran = nanokit("evaluate", stories, *arguments)
-        assert (ran.status, ran.stdout) == (2, "")
-        assert message in ran.stderr
+        assert run(["evaluate", str(stories), *map(str, arguments)]) == 2
+        said = capsys.readouterr()
+        assert (said.out, message in said.err) == ("", True)
 
 
 def test_a_recorded_card_is_where_the_catalogue_looks(
-    tiny_model: Callable[..., Path], task_file: Path, tmp_path: Path, nanokit: Callable[..., Any]
+    tiny_model: Callable[..., Path], task_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "student"
     shutil.copytree(tiny_model("llama"), folder)
     write_manifest(folder, Manifest("student"))
     card = card_of(folder, Asked((str(task_file),)), Asked((str(task_file),)).load())
     assert card.card.capabilities["factuality"].score == 0, "random weights know no name"
-    ran = nanokit("evaluate", folder, "--tasks", task_file, "--record", "--reference", folder)
-    assert ran.status == 0, ran.stderr
+    assert run(["evaluate", str(folder), "--tasks", str(task_file), "--record", "--reference", str(folder)]) == 0
     found = read_manifest(folder).results["scorecard"]
     assert found["capabilities"]["factuality"] == {"score": 0.0, "error": 0.0, "questions": 12, "of_teacher": None}
     assert found["data"] == {"tasks": [str(task_file)], "limit": None}

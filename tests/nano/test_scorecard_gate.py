@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+from nano.cli import run
 from nano.compare import report, require_passed, run_compare
 from nano.errors import BadFileError, CheckFailedError, RequestError
 from nano.gate import Verdict
@@ -195,15 +195,15 @@ def test_a_failure_is_told_everywhere(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {verdict.high for verdict in same.verdicts} == {0.0}
 
 
-def test_the_command(nanokit: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_card(tmp_path / "before.json", card({"coding": right(60, 2)}))
     write_card(tmp_path / "after.json", card({"coding": right(60, 30)}))
-    bad = nanokit("compare", tmp_path / "before.json", tmp_path / "after.json", "--json")
-    assert (bad.status, bad.json()["passed"], bad.json()["units"]) == (1, False, 60)
-    assert "does not pass the gate: coding, flips" in bad.stderr
-    good = nanokit("compare", tmp_path / "before.json", tmp_path / "before.json")
-    assert good.status == 0
-    assert "0 of 60 answers changed" in good.stdout
-    mixed = nanokit("compare", tmp_path / "before.json", tmp_path / "before.json", "--tasks", "piqa")
-    assert (mixed.status, mixed.stdout) == (2, "")
-    assert "nothing is asked" in mixed.stderr
+    before, after = (str(tmp_path / name) for name in ("before.json", "after.json"))
+    assert run(["compare", before, after, "--json"]) == 1
+    said = capsys.readouterr()
+    assert (json.loads(said.out)["passed"], json.loads(said.out)["units"]) == (False, 60)
+    assert "does not pass the gate: coding, flips" in said.err
+    assert run(["compare", before, before]) == 0
+    assert "0 of 60 answers changed" in capsys.readouterr().out
+    assert run(["compare", before, before, "--tasks", "piqa"]) == 2
+    assert "nothing is asked" in capsys.readouterr().err
