@@ -18,8 +18,8 @@ def evaluate(
     model: str,
     /,
     *,
-    data: list[Path] | None = None,
-    tasks: list[str] | None = None,
+    data: Annotated[list[Path] | None, Negative] = None,
+    tasks: Annotated[list[str] | None, Negative] = None,
     task_data: Path | None = None,
     task_limit: int | None = None,
     reference: str | None = None,
@@ -49,8 +49,8 @@ def evaluate(
     reference
         Another model of the same vocabulary, or what --save-reference kept of one; adds the divergence from it: KL and
         its tail, the change of the right token's probability, the same most likely token, and of a model that is run
-        the relative logit error. With --tasks the teacher, a model or
-        a saved scorecard: scores are shown as shares of its scores too.
+        the relative logit error. With --tasks the teacher, a model or a saved scorecard: scores are shown as shares of
+        its scores too.
     tokens
         How many tokens to predict, at most.
     sequence_length
@@ -153,8 +153,8 @@ def compare(
     candidate: str,
     /,
     *,
-    data: list[Path] | None = None,
-    tasks: list[str] | None = None,
+    data: Annotated[list[Path] | None, Negative] = None,
+    tasks: Annotated[list[str] | None, Negative] = None,
     task_data: Path | None = None,
     task_limit: int | None = None,
     reference: str | None = None,
