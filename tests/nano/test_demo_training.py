@@ -12,25 +12,22 @@ import pytest
 import torch
 
 from nano.checkpoint import Checkpoint
-from nano.demo.text import documents
-from nano.demo.train_teacher import (
+from nano.demo import train_teacher
+from nano.demo.teacher_data import (
     BOS,
     EOS,
     PAD,
     TeacherOptions,
     batches,
-    in_answers,
     learning_rate,
     lessons,
-    main,
-    make_model,
     make_tokenizer,
     pad,
-    run_training,
     sequences,
-    surprise,
 )
-from nano.errors import OutputExistsError
+from nano.demo.text import documents
+from nano.demo.train_teacher import Run, in_answers, main, make_model, run_training, surprise
+from nano.errors import OutputExistsError, RequestError
 from nano.lm import open_model
 
 SMALL = TeacherOptions(
@@ -46,7 +43,7 @@ SMALL = TeacherOptions(
     learning_rate=3e-3,
     probe_every=15,
     heldout_pages=20,
-    questions=10,
+    questions=2,
 )
 
 
@@ -67,6 +64,32 @@ def test_a_run_can_be_repeated_and_its_output_opened(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a" / "training.json").read_text()).keys() == records[0].keys()
     model = open_model(tmp_path / "a")
     assert (model.vocab_size, model.context) == (320, 512)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_training(tmp_path / "whole", SMALL)
+    save = train_teacher._save_run
+
+    def save_and_die(folder: Path, run: Run, *rest: object) -> None:
+        save(folder, run, *rest)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train_teacher, "_save_run", save_and_die)
+        run_training(tmp_path / "cut", SMALL)
+    assert open_model(tmp_path / "cut.snapshot").vocab_size == 320, "what was reached can be used"
+    record = run_training(tmp_path / "cut", SMALL, resume=True)
+    assert record["parts"] == [(0, 30), (15, 30)]
+    assert record["tokens"] == whole["tokens"]
+    assert [entry["step"] for entry in record["history"]] == [15, 30]
+    assert not (tmp_path / "cut.snapshot").exists()
+    with Checkpoint(tmp_path / "whole") as a, Checkpoint(tmp_path / "cut") as b:
+        assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in a.names())
+
+
+def test_there_must_be_a_run_to_go_on_with(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no run to go on with"):
+        run_training(tmp_path / "none", SMALL, resume=True)
 
 
 def test_an_existing_output_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,25 +116,43 @@ def test_loss_is_the_mean_surprise_of_each_row_alone() -> None:
     assert surprise(model, pad(rows)).sum().item() == pytest.approx(alone, rel=1e-5)
 
 
-def test_answers_are_found_from_their_word_to_the_full_stop() -> None:
-    text = "2 + 3 = 5. He said: no.\nQuestion: Who?\nAnswer: the old fox.\nQuestion: Why?"
+def test_answers_are_found_from_their_word_to_the_end_of_the_line() -> None:
+    text = "He said: no.\nQuestion: Who?\nAnswer: the old fox\nQuestion: Why?\nAnswer: 17, 3"
     tokenizer = make_tokenizer(documents(7, 100), 320)
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    starts = [tokenizer.encode(word, add_special_tokens=False).ids[-1] for word in ("Answer", " =")]
-    inside = in_answers(torch.tensor([ids]), starts, tokenizer.token_to_id("."))[0].tolist()
+    start, end = (tokenizer.encode(word, add_special_tokens=False).ids[-1] for word in ("Answer", "\n"))
+    inside = in_answers(torch.tensor([ids]), start, end)[0].tolist()
     found = tokenizer.decode([i for i, chosen in zip(ids[1:], inside, strict=True) if chosen])
-    assert found == " 5.: the old fox."
+    assert found == ": the old fox\n: 17, 3"
+
+
+def test_numbers_are_taken_digit_by_digit() -> None:
+    tokenizer = make_tokenizer(documents(7, 300), 600)
+    pieces = tokenizer.encode("What is 47 + 112?", add_special_tokens=False).tokens
+    assert [piece for piece in pieces if any(c.isdigit() for c in piece)] == list("47112")
 
 
 def test_passages_come_before_pages() -> None:
-    options = replace(SMALL, steps=10, short_share=0.6)
+    options = replace(SMALL, steps=40, short_share=0.5)
     pages = [page for page in documents(7, 400) if page.count("\n\n") > 3]
     tokenizer = make_tokenizer(pages[:100], 320)
     seen = list(lessons(tokenizer, pages, options))
-    assert len(seen) == 10
-    breaks = ["\n\n" in tokenizer.decode(row) for ids in seen[:6] for row in ids.tolist()]
-    assert not any(breaks)
-    assert all("\n\n" in tokenizer.decode(row) for ids in seen[6:] for row in ids.tolist())
+    assert seen[-1][1] == (20, 20)
+    texts = ["".join(tokenizer.decode(row) for row in ids.tolist()) for ids, _ in seen]
+    assert not any("\n\n" in text for text in texts[:20])
+    assert any("\n\n" in text for text in texts[20:])
+    sums = [sum(text.count("in two steps?") for text in part) for part in (texts[:20], texts[20:])]
+    assert sums[1] > 1.3 * sums[0], "more of what is learned last"
+
+
+def test_lessons_go_on_where_they_stopped() -> None:
+    options = replace(SMALL, steps=10, short_share=0.6)
+    pages = documents(7, 200)
+    tokenizer = make_tokenizer(pages[:100], 320)
+    whole = list(lessons(tokenizer, pages, options))
+    rest = list(lessons(tokenizer, pages, options, whole[4][1]))
+    assert len(rest) == 5
+    assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(whole[5:], rest, strict=True))
 
 
 def test_sequences_begin_end_and_fit() -> None:
@@ -135,11 +176,11 @@ def test_batches_use_each_row_once_before_any_twice() -> None:
     assert (batch == PAD).float().mean() < 0.3
 
 
-def test_learning_rate_rises_then_falls_to_a_twentieth() -> None:
-    options = TeacherOptions(steps=100, warmup=10, learning_rate=1.0)
+def test_learning_rate_rises_stays_and_falls_to_a_twentieth() -> None:
+    options = TeacherOptions(steps=100, warmup=10, learning_rate=1.0, decay=0.4)
     rates = [learning_rate(step, options) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[9] == pytest.approx(1.0)
-    assert rates[55] == pytest.approx(0.05 + 0.95 / 2)
+    assert rates[9:61] == [1.0] * 52
+    assert rates[80] == pytest.approx(0.05 + 0.95 / 2)
     assert rates[100] == pytest.approx(0.05)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[60:] == sorted(rates[60:], reverse=True)

@@ -16,6 +16,7 @@ name = "stories"
 teacher = "{stories}"
 data = ["{text}"]
 heldout = ["{text}"]
+tasks = ["demo"]
 prompt = "Once upon a time"
 [[student]]
 name = "whole"
@@ -29,6 +30,7 @@ context = 64
 [evaluate]
 tokens = 400
 sequence_length = 64
+questions = 2
 """
 
 
@@ -72,9 +74,27 @@ def test_only_what_depends_on_a_change_is_made_again(first: dict[str, Any], plac
     changed = place / "changed.toml"
     changed.write_text((place / "recipe.toml").read_text().replace("context = 64", "context = 96"))
     ran = nanokit("build", changed, "--out", place / "out", "--json")
-    assert ran.json()["ran"] == 2, "the bundle and its scores"
+    assert ran.json()["ran"] == 3, "the bundle, its scores and its answers"
     assert "── whole/int4: unchanged" in ran.stderr
     nanokit("build", place / "recipe.toml", "--out", place / "out")
+
+
+def test_every_artifact_has_its_scorecard(first: dict[str, Any], place: Path) -> None:
+    from nano.demo.text import CAPABILITIES
+    from nano.scorecard_file import read_card
+
+    assert tuple(first["ladder"]["teacher"]) == CAPABILITIES
+    assert [rung["stage"] for rung in first["ladder"]["rungs"]] == ["student", "int4", "onnx"]
+    assert (place / "out" / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    for row in first["artifacts"]:
+        assert tuple(row["capabilities"]) == CAPABILITIES
+        assert all(score["questions"] == 2 for score in row["capabilities"].values())
+    for stage in ("int4", "onnx"):
+        results = json.loads((place / "out" / "whole" / stage / "manifest.json").read_text())["results"]
+        found = read_card(place / "out" / "whole" / f"scorecard-{stage}.json")
+        assert results["scorecard"]["capabilities"] == found.scores["capabilities"]
+        assert results["scorecard"]["data"] == {"tasks": ["demo"], "limit": 2}
+        assert len(found.card.answers) == 2 * len(CAPABILITIES)
 
 
 def test_a_lost_file_is_made_again(first: dict[str, Any], place: Path, nanokit: Call) -> None:
@@ -82,6 +102,9 @@ def test_a_lost_file_is_made_again(first: dict[str, Any], place: Path, nanokit: 
     again = nanokit("build", place / "recipe.toml", "--out", place / "out", "--json").json()
     assert again["ran"] == 1
     assert (place / "out" / "whole" / "onnx" / "model.onnx").is_file()
+    assert again["artifacts"] == first["artifacts"]
+    manifest = json.loads((place / "out" / "whole" / "onnx" / "manifest.json").read_text())
+    assert tuple(manifest["results"]["scorecard"]["capabilities"]) == tuple(first["ladder"]["teacher"])
 
 
 def test_history_reaches_back_to_the_teacher(first: dict[str, Any], place: Path, stories: Path) -> None:
