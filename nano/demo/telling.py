@@ -50,7 +50,7 @@ def _three(what: str, name: str, plain: str) -> tuple[str, str, str]:
 
 def fact_question(rng: Random, world: World) -> Passage:
     """One question about a creature or a person."""
-    about = rng.choice((*world.creatures, *world.people))
+    about: Creature | Person = rng.choice((*world.creatures, *world.people))
     ways, answer = rng.choice(creature_questions(about) if isinstance(about, Creature) else person_questions(about))
     question = rng.choice(ways)
     return Passage("", ((question, answer),), key=question)
