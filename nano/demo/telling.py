@@ -50,7 +50,8 @@ def _three(what: str, name: str, plain: str) -> tuple[str, str, str]:
 
 def fact_question(rng: Random, world: World) -> Passage:
     """One question about a creature or a person."""
-    about: Creature | Person = rng.choice((*world.creatures, *world.people))
+    everybody: tuple[Creature | Person, ...] = (*world.creatures, *world.people)
+    about = rng.choice(everybody)
     ways, answer = rng.choice(creature_questions(about) if isinstance(about, Creature) else person_questions(about))
     question = rng.choice(ways)
     return Passage("", ((question, answer),), key=question)
