@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,3 +139,13 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(BadFileError, match="no such model folder"):
         NanokitLM(path=str(tmp_path / "nowhere"))
+
+
+def test_lm_evals_own_models_stay_known() -> None:
+    """In a fresh process, where nothing has filled lm-eval's list before."""
+    code = (
+        "import nano.lm_eval_model; from lm_eval.api.registry import get_model; "
+        "print(get_model('dummy').__name__, get_model('nanokit').__name__)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["DummyLM", "NanokitLM"]
