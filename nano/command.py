@@ -351,7 +351,7 @@ def demo(
     print_recipe: Annotated[bool, Negative] = False,
     json: Annotated[bool, Negative] = False,
 ) -> int:
-    """Run the whole way on the embedded teacher: two students, int4, four bundles, checks and scores.
+    """Run the whole way on the embedded teacher: two students, int4, four bundles, checks, and a ladder by capability.
 
     Parameters
     ----------
