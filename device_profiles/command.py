@@ -134,7 +134,7 @@ def check(
     json
         Print one JSON object.
     """
-    from device_profiles.check import check_bundle
+    from device_profiles.check import check_bundle, require_predictable
     from device_profiles.gate import Checked, measure_check, report, require_passed
     from device_profiles.gate import record as put
     from nano.ci import check_report
@@ -147,6 +147,8 @@ def check(
             check_report(path)
     started = time.monotonic()
     verdict = check_bundle(bundle, profile, context)
+    if not measure:
+        require_predictable(bundle)
     measured = measure_check(bundle, verdict, measure_tokens, measure_minutes * 60, say) if measure else None
     checked = Checked(bundle, verdict, measured, time.monotonic() - started)
     if json:

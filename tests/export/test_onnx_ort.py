@@ -77,6 +77,19 @@ def test_damage_is_told(tiny_model: Callable[..., Path], int4_folder: Callable[.
         open_onnx(out)
 
 
+def test_its_memory_is_measured_and_not_predicted(
+    tiny_model: Callable[..., Path], int4_folder: Callable[..., Path], tmp_path: Path, nanokit: Callable[..., Any]
+) -> None:
+    """A forecast made for model.onnx would be less than half of what model.ort takes."""
+    out = tmp_path / "out"
+    run_export(int4_folder(tiny_model("llama"), embedding=True), "onnx", out, ExportOptions(context=64, ort=True))
+    refused = nanokit("check", out, "--profile", "low-end")
+    assert refused.status == 2
+    assert "cannot be predicted" in refused.stderr
+    assert "--measure" in refused.stderr
+    assert nanokit("check", out, "--profile", "low-end", "--measure", "--no-record").status == 0
+
+
 def test_what_cannot_be_written_is_refused_before_work(
     tiny_model: Callable[..., Path], int4_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
