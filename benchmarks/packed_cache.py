@@ -28,6 +28,7 @@ CASES = ("heap, no cache", "heap, weight cache", "file, first start", "file, sec
 
 
 def main() -> None:
+    """Measure the cases in processes of their own and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--context-tokens", type=int, default=128)

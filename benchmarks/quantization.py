@@ -343,7 +343,7 @@ def main() -> None:
     texts = dict(given.held_out)
     rows = [Row(m) for m in (*chosen, *(our_method(text, given.calibration.resolve()) for text in given.ours))]
     facts = {"date": date.today().isoformat(), "machine": machine(), "threads": given.threads, "repeat": given.repeat,
-             "command": " ".join(["python", *sys.argv])}  # fmt: skip
+             "command": " ".join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]])}  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         work = given.work.resolve() if given.work else Path(temporary)
         work.mkdir(parents=True, exist_ok=True)

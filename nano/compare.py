@@ -119,12 +119,34 @@ def run_compare(
         if not found.verdicts:
             raise RequestError("The gate file leaves nothing to judge.", found=str(gate), todo="set at least one limit")
         return Compared(found.baseline, found.candidate, limits, found.verdicts, found.notes, found.seconds, found.changes)  # noqa: E501  # fmt: skip
+    text = _Text(tuple(data), reference, tokens, sequence_length)
+    before, after = _sides(baseline, candidate, text)
+    verdicts = judge(before, after, limits)
+    missing = _unjudged(verdicts, limits, named, before, after)
+    if all(verdict.name == "tokens" and verdict.outcome == "passed" for verdict in verdicts):
+        raise RequestError("The gate file leaves nothing to judge.", found=str(gate), todo="set at least one limit")
+    return Compared(before, after, limits, tuple(verdicts), missing, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a model is measured on; see `run_compare`."""
+
+    data: tuple[Path, ...]
+    reference: Path | None
+    tokens: int | None
+    sequence_length: int | None
+
+
+def _sides(baseline: Path, candidate: Path, text: _Text) -> tuple[Baseline, Baseline]:
+    """Both sides' scores, read or measured, once it is sure that they can be compared."""
     saved = [read_baseline(path) if path.is_file() else None for path in (baseline, candidate)]
     known = saved[0] or saved[1]
+    data, reference = text.data, text.reference
     _check_request(saved, data, reference)
     if reference is None and saved == [None, None]:
         reference = baseline
-    options = _options(known, tokens, sequence_length)
+    options = _options(known, text.tokens, text.sequence_length)
     if known is not None and data:
         _check_text(known, data)
     sides = []
@@ -136,11 +158,7 @@ def run_compare(
         sides.append(side or _measure(path, data, against, options))
     before, after = sides
     check_comparable(before, after)
-    verdicts = judge(before, after, limits)
-    missing = _unjudged(verdicts, limits, named, before, after)
-    if all(verdict.name == "tokens" and verdict.outcome == "passed" for verdict in verdicts):
-        raise RequestError("The gate file leaves nothing to judge.", found=str(gate), todo="set at least one limit")
-    return Compared(before, after, limits, tuple(verdicts), missing, time.monotonic() - started)
+    return before, after
 
 
 def _check_request(saved: Sequence[Baseline | None], data: Sequence[Path], reference: Path | None) -> None:
