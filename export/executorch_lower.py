@@ -54,11 +54,6 @@ class PartLowerer:
         self._edges: dict[tuple[object, ...], Any] = {}
         self._outlines: dict[str, Any] = {}
 
-    @property
-    def traces(self) -> int:
-        """How many different graphs were traced."""
-        return len(self._edges)
-
     def lower(self, part: Part, positions: int | None = None) -> WithOperands:
         """One part as a delegate, to be called with the part's activations.
 

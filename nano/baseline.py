@@ -27,6 +27,7 @@ from nano.divergence import TokenFigures
 from nano.errors import BadFileError
 from nano.folder import write_text_atomically
 from nano.manifest import library_versions
+from nano.saved import read_saved
 from nano.tokens import TextTokenizer
 
 FORMAT, SCHEMA_VERSION = "nanokit baseline", 1
@@ -155,16 +156,7 @@ def read_baseline(path: Path) -> Baseline:
         BadFileError: not JSON, not a baseline, of another schema, or damaged.
     """
     todo = "make it with: nanokit evaluate MODEL --data TEXT --save FILE.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadFileError("The baseline cannot be read.", found=f"{path}: {error}", todo=todo) from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT or raw.get("schema_version") != SCHEMA_VERSION:
-        raise BadFileError(
-            "This file is no baseline that this nanokit knows.", found=str(path),
-            expected=f'JSON with "format": "{FORMAT}" and "schema_version": {SCHEMA_VERSION}', todo=todo,
-        )  # fmt: skip
-    return _validated({key: value for key, value in raw.items() if key not in ("format", "schema_version")}, path, todo)
+    return _validated(read_saved(path, "baseline", FORMAT, SCHEMA_VERSION, todo), path, todo)
 
 
 def _validated(raw: dict[str, Any], path: Path, todo: str) -> Baseline:

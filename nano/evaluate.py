@@ -95,25 +95,6 @@ def _batches(windows: Windows, vocab_size: int) -> Iterator[tuple[Ids, ...]]:
     return (windows.ids[start : start + size] for start in range(0, len(windows.ids), size))
 
 
-def evaluate_folders(
-    model_folder: Path,
-    data: Sequence[Path],
-    *,
-    reference_folder: Path | None = None,
-    tokens: int = 8192,
-    sequence_length: int = 256,
-    activations: str = "float",
-) -> Scores:
-    """Open a model (and a reference), cut windows from text that both can hold, and score.
-
-    Raises:
-        RequestError: the two have different vocabularies.
-        BadFileError: a folder or the text cannot be used.
-    """
-    options = EvaluateOptions(tokens, sequence_length, activations)
-    return measure_folders(model_folder, data, reference_folder, options).scores
-
-
 @dataclass(frozen=True)
 class EvaluateOptions:
     """On how much text, and how.

@@ -21,6 +21,7 @@ from nano.folder import write_text_atomically
 from nano.lm import Activations, open_model, stage_of
 from nano.manifest import add_results, fingerprint, has_manifest, library_versions
 from nano.progress import warn
+from nano.saved import read_saved
 from nano.scorecard import Answer, Scorecard, TaskScore, flips_of, run_tasks
 from nano.scoring import require_metric
 from nano.task_file import load_tasks
@@ -213,15 +214,7 @@ def read_card(path: Path) -> SavedCard:
     Raises:
         BadFileError: not JSON, not a scorecard, of another schema, or damaged.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadFileError("The scorecard cannot be read.", found=f"{path}: {error}", todo=TODO) from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT or raw.get("schema_version") != SCHEMA_VERSION:
-        raise BadFileError(
-            "This file is no scorecard that this nanokit knows.", found=str(path),
-            expected=f'JSON with "format": "{FORMAT}" and "schema_version": {SCHEMA_VERSION}', todo=TODO,
-        )  # fmt: skip
+    raw = read_saved(path, "scorecard", FORMAT, SCHEMA_VERSION, TODO)
     try:
         return _parsed(raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
