@@ -1,5 +1,5 @@
 """`python -m nano`: the same as the `nanokit` command."""
 
-from nano.cli import main
+from nano.entry import main
 
 main()

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,3 +107,20 @@ def test_shell_completion_knows_commands_and_options(nanokit: Call, shell: str) 
     for word in ("quantize", "distill", "--group-size"):
         assert word.lstrip("-") in script
     assert "--install-completion" in nanokit("--help").stdout
+
+
+@pytest.mark.parametrize("after", [0.0, 0.05, 0.1, 0.2, 0.4])
+def test_ctrl_c_at_any_moment_is_quiet(after: float) -> None:
+    """Counted from the first line of ours that runs: what Python does before that is Python's."""
+    program = "import sys; from nano.entry import main; sys.argv = ['nanokit', 'profiles']; print(flush=True); main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    time.sleep(0.02 + after)
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read().decode()
+    assert process.wait(timeout=30) in (0, 130)
+    assert "Traceback" not in said
