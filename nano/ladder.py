@@ -91,10 +91,7 @@ class Apart:
 
 
 def disagreements(ladder: Ladder) -> tuple[Apart, ...]:
-    """Where a bundle in its runtime and the same codes in torch are further apart than the larger standard error.
-
-    Where all answers are right the reported error is 0; there one answer's worth counts as the error.
-    """
+    """Where a bundle in its runtime and the same codes in torch are further apart than the larger standard error."""
     found = []
     torch = {rung.student: rung.scores for rung in ladder.rungs if rung.stage == "int4"}
     for rung in ladder.rungs:

@@ -1,6 +1,6 @@
 """A scorecard: what a model said to each question of some tasks, and how good it is at each capability.
 
-A capability's score is the mean over all its questions; its error the standard error of that mean.
+A capability's score is the mean over all its questions; its error the standard error of that mean (`mean_error`).
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nano.answering import Likelihood, continuations, likelihoods
 from nano.capabilities import Question, Task, check_tasks
 from nano.lm import LanguageModel
 from nano.progress import Track, track
-from nano.scoring import blanks, require_metric, score_answer
+from nano.tasks.answering import Likelihood, continuations, likelihoods
+from nano.tasks.scoring import blanks, require_metric, score_answer
 
 LABEL, SAID = 96, 64
 """Characters of a question and of an answer that are kept."""
@@ -146,9 +146,20 @@ def flips_of(teacher: Sequence[Answer], answers: Sequence[Answer]) -> dict[str, 
 
 
 def mean_error(scores: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error."""
+    """Mean and its standard error; None for a single score.
+
+    Scores that are all alike (all answers right) do not make a mean certain: their error is that of the scores with a
+    wrong and a right one added (Laplace's rule of succession), about one answer's worth.
+    """
+    mean = sum(scores) / len(scores)
+    if len(scores) < 2:
+        return mean, None
+    return mean, _standard_error(scores) or _standard_error([*scores, 0.0, 1.0])
+
+
+def _standard_error(scores: Sequence[float]) -> float:
     n, mean = len(scores), sum(scores) / len(scores)
-    return mean, math.sqrt(sum((s - mean) ** 2 for s in scores) / (n - 1) / n) if n > 1 else None
+    return math.sqrt(sum((s - mean) ** 2 for s in scores) / (n - 1) / n)
 
 
 def run_tasks(model: LanguageModel, tasks: Sequence[Task]) -> Scorecard:
