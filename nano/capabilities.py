@@ -1,10 +1,10 @@
 """What a model is asked: questions, tasks made of them, and the capability that a task belongs to.
 
 A capability ("reasoning") is a set of tasks, a task a list of questions asked and scored alike. Tasks come from
-TOML files (`nano.task_file`) or from code, and `nano.scorecard` runs them on any stage's model.
+TOML files (`nano.tasks.file`) or from code, and `nano.scorecard` runs them on any stage's model.
 
 A multiple choice is answered by likelihood: the choice whose text after the prompt is most likely is what the model
-says. Everything else is generated greedily up to a stop text and held against the answers by `nano.scoring`.
+says. Everything else is generated greedily up to a stop text and held against the answers by `nano.tasks.scoring`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal, get_args
 from nano.errors import RequestError
 
 Metric = Literal["choice", "exact", "number", "f1", "code", "bleu", "chrf", "rouge"]
-"""How an answer is scored; see `nano.scoring`."""
+"""How an answer is scored; see `nano.tasks.scoring`."""
 Length = Literal["none", "tokens", "characters", "bytes"]
 """What a choice's log-likelihood is divided by. "none" is lm-evaluation-harness's acc, "characters" its acc_norm."""
 Normalise = Literal["space", "squad"]

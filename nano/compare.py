@@ -98,7 +98,7 @@ def run_compare(
         gate: a TOML file of limits.
         tokens: predicted tokens at most; a saved side's own where there is one, else 8,192.
         sequence_length: longest window; likewise, else 256.
-        tasks: instead of text, the tasks that a model is asked, as `nano.task_file.load_tasks` takes them; a saved
+        tasks: instead of text, the tasks that a model is asked, as `nano.tasks.file.load_tasks` takes them; a saved
             scorecard's own where that is the other side.
         task_data: folder of the tasks' files.
         task_limit: questions of each task at most.

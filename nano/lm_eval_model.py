@@ -21,11 +21,11 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from nano.answering import before_stop, greedy_ids, likelihoods_of_ids
 from nano.errors import BadFileError, RequestError
 from nano.hub import resolve_model
 from nano.lm import Activations, open_model
 from nano.progress import track, warn
+from nano.tasks.answering import before_stop, greedy_ids, likelihoods_of_ids
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

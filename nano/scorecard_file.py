@@ -23,8 +23,8 @@ from nano.manifest import add_results, fingerprint, has_manifest, library_versio
 from nano.progress import warn
 from nano.saved import read_saved
 from nano.scorecard import Answer, Scorecard, TaskScore, flips_of, run_tasks
-from nano.scoring import require_metric
-from nano.task_file import load_tasks
+from nano.tasks.file import load_tasks
+from nano.tasks.scoring import require_metric
 
 FORMAT, SCHEMA_VERSION = "nanokit scorecard", 1
 COLUMNS = ("hash", "score", "said", "expected", "label")
@@ -76,7 +76,7 @@ class Asked:
     """Which tasks.
 
     Attributes:
-        names: as `nano.task_file.load_tasks` takes them.
+        names: as `nano.tasks.file.load_tasks` takes them.
         data: folder of their files.
         limit: questions of each task at most.
     """

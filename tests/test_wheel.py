@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nano.tasks.file import packaged_names
+
 REPO = Path(__file__).resolve().parent.parent
 ROOMS = ("nano", "distill", "quantize", "export", "device_profiles")
 
@@ -39,6 +41,7 @@ def test_the_wheel_holds_all_rooms_and_the_shipped_data(wheel: Path) -> None:
         names
     )
     assert {"export/store/pull.py", "nano/demo/__init__.py"} <= set(names)
+    assert {"nano/tasks/sandbox_child.py", *(f"nano/tasks/{name}.toml" for name in packaged_names())} <= set(names)
     assert size < 10 << 20
     assert not [name for name in names if name.startswith("tests/")]
 

@@ -1,4 +1,4 @@
-"""Bundles asked by `nano.answering`: going back in the cache changes nothing, and shared ids are run once."""
+"""Bundles asked by `nano.tasks.answering`: going back in the cache changes nothing, and shared ids are run once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from export.executorch_runtime import open_executorch
 from export.onnx import write_onnx
 from export.onnx_runtime import open_onnx
 from export.options import ExportOptions
-from nano.answering import continuations, likelihoods, split
 from nano.lm import BatchedModel
 from nano.manifest import Manifest, write_manifest
 from nano.shapes import read_config
+from nano.tasks.answering import continuations, likelihoods, split
 from nano.tokens import copy_tokenizer, load_tokenizer
 from quantize.packed import Int4Checkpoint
 

@@ -1,7 +1,7 @@
 """Tasks from TOML files: where the rows are, and how a row becomes a question. docs/tasks.md says it for users.
 
-One file is one task, or several alike where it has `parts`. The definitions that ship lie in `nano/tasks/`; their data
-does not, a folder is named for it.
+One file is one task, or several alike where it has `parts`. The definitions that ship lie beside this module; their
+data does not, a folder is named for it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from nano.capabilities import Length, Metric, Normalise, Question, Task
 from nano.errors import BadFileError, RequestError
-from nano.task_rows import read_rows
-from nano.task_template import check_template, text_of, value_of
+from nano.tasks.rows import read_rows
+from nano.tasks.template import check_template, text_of, value_of
 from nano.toml import read_toml
 
-PACKAGED = Path(__file__).with_name("tasks")
+PACKAGED = Path(__file__).parent
 DEMO = "demo"
 
 
@@ -43,7 +43,7 @@ class Computed:
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task file's keys; texts in braces are templates (`nano.task_template`).
+    """A task file's keys; texts in braces are templates (`nano.tasks.template`).
 
     Attributes:
         capability: the group that its questions count for.

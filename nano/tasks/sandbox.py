@@ -1,6 +1,6 @@
 """Run generated Python against its tests in a process that can do little.
 
-The process (`nano/sandbox_child.py`, which imports nothing of ours) has its own session, an empty environment, a
+The process (`nano/tasks/sandbox_child.py`, which imports nothing of ours) has its own session, an empty environment, a
 temporary folder that goes away with it, and no network where the kernel lets it leave ours. It is limited in CPU time,
 memory, file size, open files and processes, and is killed with everything it started when its time is over. Python's
 audit hooks refuse files outside its folder, other processes, sockets and ctypes; started by root it becomes "nobody".

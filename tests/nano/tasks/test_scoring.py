@@ -9,7 +9,7 @@ import pytest
 
 from nano.capabilities import Metric, Question, Task, check_tasks
 from nano.errors import MissingExtraError, RequestError
-from nano.scoring import exact, f1, last_number, require_metric, score_answer, squad
+from nano.tasks.scoring import exact, f1, last_number, require_metric, score_answer, squad
 
 
 def score(metric: Metric, said: str, *answers: str) -> float:

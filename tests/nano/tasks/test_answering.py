@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nano.answering import before_stop, continuations, fitted, likelihoods, split
 from nano.errors import RequestError
 from nano.families import FAMILIES
 from nano.lm import BatchedModel, LanguageModel, Logits, open_model
+from nano.tasks.answering import before_stop, continuations, fitted, likelihoods, split
 
 SHOTS = "Tom saw a dog. The dog was big. Tom ran to the dog. "
 """Longer than what is worth sharing, whatever the tokenizer."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nano.sandbox import CHILD, SandboxLimits, code_of, passes, run_python
+from nano.tasks.sandbox import CHILD, SandboxLimits, code_of, passes, run_python
 
 SHORT = SandboxLimits(seconds=1, wall_seconds=10.0)
 ADD = "def add(a, b):\n    return a + b\n"

@@ -12,7 +12,7 @@ from nano.errors import BadFileError
 from nano.sources import dataset_rows
 
 if TYPE_CHECKING:
-    from nano.task_file import TaskFile
+    from nano.tasks.file import TaskFile
 
 
 def read_rows(spec: TaskFile, folder: Path) -> list[tuple[str, Mapping[str, Any]]]:

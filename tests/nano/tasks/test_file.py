@@ -9,8 +9,8 @@ import pytest
 
 from nano.capabilities import check_tasks
 from nano.errors import BadFileError, RequestError
-from nano.task_file import load_tasks, packaged_names
-from nano.task_template import check_template, text_of, value_of
+from nano.tasks.file import load_tasks, packaged_names
+from nano.tasks.template import check_template, text_of, value_of
 
 ROWS = [{"q": f"What is {n} + 1?", "a": n + 1, "names": ["x", "y"]} for n in range(20)]
 

@@ -6,7 +6,7 @@
 | exact | 1 where the answer equals one of the right ones, blanks aside, or as SQuAD's script compares |
 | number | 1 where the last number of the answer is the last number of a right one |
 | f1 | best F1 of words over the right answers, SQuAD's script (Rajpurkar et al. 2016, arXiv:1606.05250) |
-| code | 1 where the code passes its tests, see `nano.sandbox` |
+| code | 1 where the code passes its tests, see `nano.tasks.sandbox` |
 | bleu, chrf | best sentence BLEU (effective order) or chrF of sacrebleu (Post 2018, arXiv:1804.08771) over 100 |
 | rouge | best ROUGE-L F1 of rouge-score, Google's own, with stemming |
 
@@ -39,7 +39,7 @@ def score_answer(task: Task, question: Question, said: str) -> float:
         MissingExtraError: the metric's library is not installed.
     """
     if task.metric == "code":
-        from nano.sandbox import passes
+        from nano.tasks.sandbox import passes
 
         return float(passes(said, question.tests))
     if task.metric == "exact":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nano.errors import BadFileError
-from nano.scoring import last_number
+from nano.tasks.scoring import last_number
 
 _PIECE = re.compile(r"\{\{|\}\}|\{(?P<path>[^{}|]+)(?P<filters>(?:\|\w+)*)\}")
 

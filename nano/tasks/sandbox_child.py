@@ -1,4 +1,4 @@
-"""The process that runs generated code; started by `nano.sandbox` as a script, with a job as JSON on stdin.
+"""The process that runs generated code; started by `nano.tasks.sandbox` as a script, with a job as JSON on stdin.
 
 Standard library only. What code is likely to import is imported before rights are dropped, since the interpreter's
 own files may not be readable afterwards.
