@@ -199,7 +199,7 @@ def compare(
         Print one JSON object.
     """
     from nano.ci import check_report
-    from nano.compare import report, require_passed, run_compare, table_of
+    from nano.gate.compare import report, require_passed, run_compare, table_of
     from nano.progress import emit_json, show
     from nano.scorecard_command import split_names
 

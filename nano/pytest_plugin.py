@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from nano.compare import Compared
+    from nano.gate.compare import Compared
 
 PathLike = str | Path
 
@@ -25,13 +25,13 @@ PathLike = str | Path
 def nanokit_gate(record_property: Callable[[str, object], None]) -> Callable[..., Compared]:
     """`nanokit_gate(baseline, candidate, data=[...], ...)`: judge, and fail the test where accuracy was lost.
 
-    Takes what `nano.compare.run_compare` takes, paths as text too, relative to where pytest runs. Gives back what was
-    compared. Each figure's verdict is a property of the test, so it stands in pytest's JUnit file.
+    Takes what `nano.gate.compare.run_compare` takes, paths as text too, relative to where pytest runs. Gives back what
+    was compared. Each figure's verdict is a property of the test, so it stands in pytest's JUnit file.
     """
 
     def judge(baseline: PathLike, candidate: PathLike, data: Sequence[PathLike] = (), **options: Any) -> Compared:
-        from nano.compare import require_passed, run_compare
         from nano.errors import NanokitError
+        from nano.gate.compare import require_passed, run_compare
 
         __tracebackhide__ = True
         for name in ("reference", "gate", "task_data"):

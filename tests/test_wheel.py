@@ -40,8 +40,8 @@ def test_the_wheel_holds_all_rooms_and_the_shipped_data(wheel: Path) -> None:
     assert {"nano/demo/recipe.toml", "nano/demo/teacher/model.safetensors", "device_profiles/low-end.toml"} <= set(
         names
     )
-    assert {"export/store/pull.py", "nano/demo/__init__.py"} <= set(names)
-    assert {"nano/tasks/sandbox_child.py", *(f"nano/tasks/{name}.toml" for name in packaged_names())} <= set(names)
+    assert {path.relative_to(REPO).as_posix() for room in ROOMS for path in (REPO / room).rglob("*.py")} <= set(names)
+    assert {f"nano/tasks/{name}.toml" for name in packaged_names()} <= set(names)
     assert size < 10 << 20
     assert not [name for name in names if name.startswith("tests/")]
 

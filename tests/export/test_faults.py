@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from nano.baseline import read_baseline, write_baseline
-from nano.compare import Compared, require_passed, run_compare
 from nano.errors import CheckFailedError
 from nano.evaluate import EvaluateOptions, evaluate_by_document
-from nano.gate import drift_limit
+from nano.gate.compare import Compared, require_passed, run_compare
+from nano.gate.verdicts import drift_limit
 from nano.manifest import read_manifest
 
 OPTIONS = EvaluateOptions(tokens=100_000, sequence_length=256)

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from nano.baseline import Baseline, Unit, read_baseline, write_baseline
-from nano.compare import Compared, check_comparable, report, require_passed, run_compare
 from nano.errors import BadFileError, CheckFailedError, RequestError
 from nano.evaluate import EvaluateOptions, evaluate_by_document
-from nano.gate import judge
-from nano.gate_limits import Limits
+from nano.gate.compare import Compared, check_comparable, report, require_passed, run_compare
+from nano.gate.limits import Limits
+from nano.gate.verdicts import judge
 
 DOCUMENTS, WORDS = 30, 60
 OPTIONS = EvaluateOptions(tokens=100_000, sequence_length=256)

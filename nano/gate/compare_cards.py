@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from nano.capabilities import Task
 from nano.errors import RequestError
-from nano.gate_limits import Limits
+from nano.gate.cards import Change, changes_of, judge_cards, summary
+from nano.gate.limits import Limits
 from nano.lm import stage_of
 from nano.scorecard_file import Asked, SavedCard, card_of, check_asked, check_same_questions, is_card, read_card
-from nano.scorecard_gate import Change, changes_of, judge_cards, summary
 
 if TYPE_CHECKING:
-    from nano.gate import Verdict
+    from nano.gate.verdicts import Verdict
 
 SAME_KINDS = {"int4", "executorch", "onnx"}
 """Stages that hold the same codes: one of them is meant to answer as another does."""
@@ -24,7 +24,7 @@ SAME_KINDS = {"int4", "executorch", "onnx"}
 
 @dataclass(frozen=True)
 class ComparedCards:
-    """Two scorecards that were judged; see `nano.compare.Compared`."""
+    """Two scorecards that were judged; see `nano.gate.compare.Compared`."""
 
     baseline: SavedCard
     candidate: SavedCard

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nano.compare import require_passed, run_compare
 from nano.errors import CheckFailedError
+from nano.gate.compare import require_passed, run_compare
 from nano.scorecard_file import Asked, card_of, write_card
 
 STORIES, BEGIN, NEXT = 80, 40, 8

@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from nano.baseline import Baseline, Unit
 from nano.errors import RequestError
-from nano.gate_limits import Limits
+from nano.gate.limits import Limits
 
 Floats = npt.NDArray[np.float64]
 Columns = dict[str, Floats]

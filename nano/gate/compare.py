@@ -13,13 +13,13 @@ from nano.baseline import Baseline, read_baseline
 from nano.ci import Case, markdown_table, step_summary, write_junit
 from nano.errors import CheckFailedError, RequestError
 from nano.evaluate import EvaluateOptions, OtherVocabularyError, evaluate_by_document
-from nano.gate import Verdict, as_dict, judge
-from nano.gate_limits import CARD_LIMITS, REFERENCE_LIMITS, Limits, read_limits
+from nano.gate.cards import Change, as_dicts
+from nano.gate.compare_cards import compare_cards, concerns_cards
+from nano.gate.limits import CARD_LIMITS, REFERENCE_LIMITS, Limits, read_limits
+from nano.gate.verdicts import Verdict, as_dict, judge
 from nano.lm import stage_of
 from nano.progress import warn
-from nano.scorecard_compare import compare_cards, concerns_cards
 from nano.scorecard_file import Asked, SavedCard
-from nano.scorecard_gate import Change, as_dicts
 
 if TYPE_CHECKING:
     from rich.table import Table

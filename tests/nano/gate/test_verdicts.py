@@ -12,8 +12,8 @@ import pytest
 
 from nano.baseline import Baseline, Unit
 from nano.errors import BadFileError, RequestError
-from nano.gate import Verdict, drift_limit, expanded_tail, judge, resampled
-from nano.gate_limits import Limits, read_limits
+from nano.gate.limits import Limits, read_limits
+from nano.gate.verdicts import Verdict, drift_limit, expanded_tail, judge, resampled
 
 MODEL = {"path": "m", "fingerprint": "f" * 64, "kind": "int4"}
 DATA = {"files": [{"path": "t", "sha256": "0"}], "tokens": 8192, "sequence_length": 256}

@@ -31,7 +31,7 @@ class Limits:
         max_capability_loss: of a capability's score, a difference of shares; of scorecards, as are the next three.
         max_score_loss: of the mean over capabilities.
         max_flips: share of questions that one model had right and the other wrong, where both are meant to be the same
-            model (see `nano.gate.drift_limit`) or gate.toml names it.
+            model (see `nano.gate.verdicts.drift_limit`) or gate.toml names it.
         capabilities: capability to its own max_capability_loss.
         same_tokens: whether both must read the text as the same token ids.
         confidence: share of resampled values that an interval holds.

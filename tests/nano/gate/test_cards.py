@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from nano.cli import run
-from nano.compare import report, require_passed, run_compare
 from nano.errors import BadFileError, CheckFailedError, RequestError
-from nano.gate import Verdict
-from nano.gate_limits import Limits
+from nano.gate.cards import FLIPS, MEAN, changes_of, judge_cards
+from nano.gate.compare import report, require_passed, run_compare
+from nano.gate.compare_cards import meant_to_be_same
+from nano.gate.limits import Limits
+from nano.gate.verdicts import Verdict
 from nano.scorecard import Answer, Scorecard, TaskScore
-from nano.scorecard_compare import meant_to_be_same
 from nano.scorecard_file import SavedCard, check_same_questions, read_card, with_teacher, write_card
-from nano.scorecard_gate import FLIPS, MEAN, changes_of, judge_cards
 
 MODEL = {"path": "m", "fingerprint": "f" * 64, "kind": "int4"}
 

@@ -1,9 +1,9 @@
 """The gate for scorecards: which capability lost, how much, how sure that is, and which answers changed.
 
 Questions are drawn again with replacement, both models' answers to a question together, within each capability
-(the paired bootstrap, as in `nano.gate`, with its rule of failed, passed and undecided). The capabilities' intervals
-hold together with the confidence asked for: each of K has 1 - (1 - confidence) / K (Bonferroni), else a card of seven
-would fail every sixth build by chance.
+(the paired bootstrap, as in `nano.gate.verdicts`, with its rule of failed, passed and undecided). The capabilities'
+intervals hold together with the confidence asked for: each of K has 1 - (1 - confidence) / K (Bonferroni), else a card
+of seven would fail every sixth build by chance.
 
 A flip is a question that one model had right and the other wrong (Dutta et al. 2024, arXiv:2407.09141): two models can
 have the same score and still not be the same. Of graded answers it is a score that changed by half or more.
@@ -21,8 +21,8 @@ from typing import Literal
 import numpy as np
 
 from nano.errors import RequestError
-from nano.gate import Floats, Verdict, interval
-from nano.gate_limits import Limits
+from nano.gate.limits import Limits
+from nano.gate.verdicts import Floats, Verdict, interval
 from nano.scorecard import FLIP, Answer
 from nano.scorecard_file import SavedCard
 
