@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nano.errors import NoSpaceError, OutputExistsError, RequestError
+from nano.progress import say
 
 MIB = 1 << 20
 
@@ -39,9 +40,15 @@ def check_output(out: Path, *, force: bool, made_from: Iterable[Path] = ()) -> N
 
     Raises:
         OutputExistsError: `out` is there and `force` is not set.
-        RequestError: `out` or one above it is a file; `out` is the current folder or one above it, or holds what it
-            is made from; or its parent cannot be written to.
+        RequestError: `out` or one above it is a file; `out` is the current folder or one above it, a mount point, or
+            holds what it is made from; its parent cannot be written to; or the shell left its `~` as it was.
     """
+    if out.parts[:1] and out.parts[0].startswith("~") and not Path(out.parts[0]).exists():
+        raise RequestError(
+            "The output's path begins with ~, which the shell left as it was.",
+            found=str(out),
+            todo=f"write it apart, as in --out {out}, or the whole path: {_expanded(out)}",
+        )
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not parent.is_dir():
         raise RequestError("The output should be a folder.", found=f"a file at {parent}", todo="choose another --out")
@@ -56,6 +63,12 @@ def check_output(out: Path, *, force: bool, made_from: Iterable[Path] = ()) -> N
         raise RequestError(
             "The output would replace the folder you stand in.", found=str(out), todo="choose another --out"
         )
+    if os.path.ismount(out):
+        raise RequestError(
+            "The output is a mount point, which cannot be replaced.",
+            found=str(out),
+            todo=f"choose a folder inside it, such as --out {out / 'model'}",
+        )
     if out.exists() and not force:
         raise OutputExistsError(
             "The output folder exists already.",
@@ -66,6 +79,13 @@ def check_output(out: Path, *, force: bool, made_from: Iterable[Path] = ()) -> N
         raise RequestError(
             "The output cannot be written there.", found=f"no write permission in {parent}", todo="choose another --out"
         )
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user, or no home
+        return path
 
 
 def require_space(where: Path, needed: int) -> None:
@@ -85,17 +105,20 @@ def require_space(where: Path, needed: int) -> None:
 def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     """A folder to write into that becomes `out` when the block ends well, and vanishes when it does not.
 
+    Where `out` is a symbolic link the folder that it leads to is made or replaced.
+
     Raises:
         OutputExistsError: see `check_output`.
+        RequestError: another process writes the same output now.
         NoSpaceError: the disk filled up while the block wrote.
     """
     check_output(out, force=force)
-    partial = out.absolute().with_name(out.absolute().name + ".partial")
+    place = Path(os.path.realpath(out))
+    partial = place.with_name(place.name + ".partial")
+    lock = _emptied(partial)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         yield partial
-        replace_folder(partial, out.absolute())
+        replace_folder(partial, place)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if is_no_space(error):
@@ -105,6 +128,49 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
                 todo=f"free some space under {partial.parent}, or choose another --out",
             ) from None
         raise
+    finally:
+        os.close(lock)
+
+
+def _emptied(partial: Path) -> int:
+    """Make a folder, or empty what a killed run left of it; gives the handle that holds it."""
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = hold_folder(partial)
+    try:
+        for left in partial.iterdir():
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def hold_folder(folder: Path) -> int:
+    """A handle that holds a folder until it is closed or the process ends, however it ends.
+
+    Where the file system knows no locks it holds nothing.
+
+    Raises:
+        RequestError: another process holds it.
+    """
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise RequestError(
+            "Another run is making this output now.",
+            found=f"{folder}, held by a running process",
+            todo="let it end, or choose another --out",
+        ) from None
+    except OSError:
+        say(f"{folder} cannot be locked: do not start a second run with the same --out meanwhile")
+    return handle
 
 
 def is_no_space(error: BaseException) -> bool:

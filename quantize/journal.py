@@ -10,7 +10,6 @@ Legend: N output channels, K input channels, G groups, W packed words.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,35 +22,13 @@ from typing import Any
 import torch
 
 from nano.errors import NoSpaceError, RequestError
+from nano.folder import hold_folder
 from nano.progress import say
 from quantize.grid import QuantizedTensor
 from quantize.layers import LayerResult
 from quantize.packed import pack_codes, unpack_codes
 
 KEY, STATE, TRAINING, FOLDS = "key.json", "state", "training.safetensors", "folds.safetensors"
-
-
-def _locked(folder: Path) -> int:
-    """A handle that holds a folder until it is closed or the process ends, however it ends.
-
-    Where the file system knows no locks it holds nothing.
-
-    Raises:
-        RequestError: another process holds it.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise RequestError(
-            "Another run is making this output now.",
-            found=f"{folder}, held by a running process",
-            todo="let it end, or choose another --out",
-        ) from None
-    except OSError:
-        say(f"{folder} cannot be locked: do not start a second run with the same --out meanwhile")
-    return handle
 
 
 class Journal:
@@ -69,7 +46,7 @@ class Journal:
         text = json.dumps(request, sort_keys=True, default=str)
         key = hashlib.sha256(text.encode()).hexdigest()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._release = weakref.finalize(self, os.close, _locked(self.folder))
+        self._release = weakref.finalize(self, os.close, hold_folder(self.folder))
         self._check_own()
         if (self.folder / KEY).exists() and self._found_key() != key:
             say(f"the unfinished work in {self.folder} is of another request; it is dropped")

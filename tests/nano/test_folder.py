@@ -112,3 +112,42 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
 )
 def test_human_bytes(count: int, text: str) -> None:
     assert human_bytes(count) == text
+
+
+def test_a_link_as_output_leads_to_the_folder_that_is_made(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/model")
+    for content in ("1", "2", "3"):  # the first time the link leads nowhere
+        with staged_folder(tmp_path / "out", force=True) as folder:
+            (folder / "a").write_text(content)
+        assert (tmp_path / "out").is_symlink()
+        assert (tmp_path / "disk" / "model" / "a").read_text() == content
+        assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "disk", "model", "out"]
+
+
+def test_two_writers_of_one_output_do_not_mix(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with staged_folder(out) as folder:
+        (folder / "a").write_text("first")
+        with pytest.raises(RequestError, match="Another run"), staged_folder(out):
+            pass
+        assert (folder / "a").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    left = tmp_path / "next.partial" / "deep"  # of a run that was killed
+    left.mkdir(parents=True)
+    (left / "half").write_text("x")
+    with staged_folder(tmp_path / "next") as folder:
+        assert not list(folder.iterdir())
+
+
+def test_outputs_that_cannot_be_replaced_are_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(RequestError, match="mount point"):
+        check_output(tmp_path, force=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match="~"):
+        check_output(Path("~/out"), force=False)
+    (tmp_path / "~").mkdir()
+    check_output(Path("~/out"), force=False)
