@@ -67,22 +67,23 @@ def run_distill_many(
     """
     outs = [out for _student, out in students]
 
-    def check(world: World) -> list[tuple[Job, bool]]:
+    def check(world: World, states: Sequence[StateFolder]) -> list[tuple[Job, bool]]:
         check_request(data, outs, force=force, resume=resume)
         check_outputs_spare_inputs(teacher, data, outs, teacher_cache)
+        if world.size > 1:
+            check_together(options)
         jobs = prepare(teacher, [student for student, _out in students], data, options, teacher_cache)
         for job, out in zip(jobs, outs, strict=True):
-            if world.size > 1:
-                check_together(options)
             floats = 4 * job.largest
             require_space(out, floats * (7 if options.steps else 1))  # two states of three floats, and the student
-        states = [StateFolder(checkpoint_folder(out)) for out in outs]
+        for state in states:
+            state.hold()
         return [(job, _may_resume(state, job, resume)) for job, state in zip(jobs, states, strict=True)]
 
     with joined() as world:
         states = [state_folder(checkpoint_folder(out), world) for out in outs]
         try:
-            checked = world.checked(lambda: check(world))
+            checked = world.checked(lambda: check(world, states))
             from distill.work import Assignment, work
 
             given = zip(checked, states, outs, strict=True)
@@ -94,8 +95,7 @@ def run_distill_many(
             raise lost_peer(error, world, kept_in_words(states)) from None
         finally:
             for state in states:
-                if not state.exists():
-                    state.drop()
+                state.release()
 
 
 def _may_resume(state: StateFolder, job: Job, resume: bool | None) -> bool:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.sharded_state import SHARDS, drop_shards, restore_shards, shards_header
 from nano.errors import BadFileError, NoSpaceError
-from nano.folder import is_no_space
+from nano.folder import empty_folder, hold_folder, is_no_space
 
 if TYPE_CHECKING:
     import torch
@@ -73,15 +73,34 @@ class StateFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._lock: int | None = None
+
+    def hold(self) -> None:
+        """Take the folder for this run until `release`.
+
+        Raises:
+            RequestError: another run works on it now.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = hold_folder(self.folder)
+
+    def release(self) -> None:
+        """Let the folder go; one that holds no state vanishes."""
+        if self._lock is None:
+            return
+        if not self.exists():
+            self.drop()
+        os.close(self._lock)
+        self._lock = None
 
     def exists(self) -> bool:
         """Whether there is a state to resume, of one process or of several."""
         return (self.folder / STATE).is_file() or (self.folder / SHARDS).is_file()
 
     def start(self) -> None:
-        """Begin anew: drop what lies there."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        """Begin anew: drop what lies there, but not the folder, which may be held."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        empty_folder(self.folder)
 
     def drop(self) -> None:
         """The run is over; nothing is left of it."""

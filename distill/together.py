@@ -32,6 +32,11 @@ class SharedState(StateFolder):
         super().__init__(folder)
         self.world = world
 
+    def hold(self) -> None:
+        """See `StateFolder.hold`."""
+        if self.world.first:
+            super().hold()
+
     def start(self) -> None:
         """See `StateFolder.start`."""
         if self.world.first:

@@ -137,15 +137,20 @@ def _emptied(partial: Path) -> int:
     partial.mkdir(parents=True, exist_ok=True)
     lock = hold_folder(partial)
     try:
-        for left in partial.iterdir():
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
+        empty_folder(partial)
     except BaseException:
         os.close(lock)
         raise
     return lock
+
+
+def empty_folder(folder: Path) -> None:
+    """Delete all that a folder holds; it stays itself, and so does a lock on it."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def hold_folder(folder: Path) -> int:

@@ -22,6 +22,7 @@ from checks import same_bits, some_stories, weights
 
 from distill.options import DistillOptions
 from distill.run import run_distill
+from distill.state import StateFolder, checkpoint_folder
 from distill.train import learning_rate
 from nano.cli import run as cli
 from nano.corpus import read_documents
@@ -380,6 +381,20 @@ def test_an_existing_output_stays(stories: Path, text: Path, tmp_path: Path) -> 
     with pytest.raises(BadFileError):
         run_distill(stories, "150k", [tmp_path / "none"], tmp_path / "s", QUICK, force=True)
     assert (tmp_path / "s" / "precious").read_text() == "x"
+
+
+def test_a_second_run_of_one_output_spares_the_first(stories: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = StateFolder(checkpoint_folder(out))
+    first.hold()
+    (first.folder / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(RequestError, match="Another run"):
+        run_distill(stories, "150k", [text], out, replace(QUICK, steps=1), force=True)
+    with pytest.raises(BadFileError):  # refused for another reason, while the first has no state yet
+        run_distill(stories, "150k", [tmp_path / "nowhere.txt"], out, QUICK)
+    assert (first.folder / "metrics.jsonl").is_file()
+    first.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_never_replaces_its_teacher(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
