@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -298,11 +299,13 @@ def generate(
     """
     from nano.lm import generate as continue_prompt
     from nano.lm import open_model
-    from nano.progress import emit_json
+    from nano.progress import emit_json, put
 
     _positive(max_new_tokens=max_new_tokens)
-    if temperature < 0:
-        raise RequestError("--temperature cannot be negative.", found=str(temperature))
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise RequestError("--temperature is out of range.", found=str(temperature), expected="0, or a number above it")
+    if seed < 0:
+        raise RequestError("--seed cannot be negative.", found=str(seed))
     opened = open_model(resolve_model(model))
     try:
         start = time.perf_counter()
@@ -314,7 +317,7 @@ def generate(
     if json:
         emit_json({"prompt": prompt, "text": text, "tokens": len(ids), "tokens_per_second": len(ids) / seconds})
     else:
-        print(text)
+        put(text)
     return 0
 
 

@@ -37,6 +37,11 @@ def iter_file(path: Path) -> Iterator[Document]:
         BadFileError: missing, empty, not text, or a record that cannot be read (with its line).
         MissingExtraError: parquet without pyarrow.
     """
+    if path.exists() and not path.is_file():
+        raise BadFileError(
+            "Text is read more than once, so it cannot come from a pipe or a device.", found=str(path),
+            expected="a file", todo="write what comes from there to a file first",
+        )  # fmt: skip
     if not path.is_file():
         raise BadFileError("There is no such text file.", found=str(path), todo="check the path")
     with path.open("rb") as file:
@@ -159,11 +164,32 @@ def _json_lines(path: Path, compressed: bool) -> Iterator[tuple[str, dict[str, A
                 continue
             try:
                 record: Any = json.loads(text)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise BadFileError("A JSONL file has a broken line.", found=f"{where}: {error}") from None
             if not isinstance(record, dict):
                 raise BadFileError("A JSONL line is no object.", found=f"{where}: {text[:60].strip()}")
+            _require_whole_characters(text, where, record)
             yield where, record
+
+
+def _require_whole_characters(text: str, where: str, record: Any) -> None:
+    """Refuse half of a character that JSON writes in two halves: no tokenizer takes it.
+
+    Args:
+        text: the JSON that was read.
+        where: for people.
+        record: what was read from it.
+    """
+    if "\\ud" not in text and "\\uD" not in text:  # both halves are of D800 to DFFF
+        return
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadFileError(
+            "A record holds half of a character (an unpaired surrogate).",
+            found=f"{where}: \\u{ord(error.object[error.start]):04x}",
+            todo="take it out, or write \\ufffd in its place",
+        ) from None
 
 
 def _plain(path: Path, compressed: bool) -> Iterator[str]:
@@ -194,17 +220,19 @@ def _at_lines(text: str) -> Iterator[str]:
 def _is_object(line: str) -> bool:
     try:
         return line.startswith("{") and isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return False
 
 
 def _list_of_objects(path: Path, compressed: bool) -> list[dict[str, Any]] | None:
     """The records of a JSON list; None where the file is something else."""
     with _open(path, compressed) as file:
-        try:
-            loaded = json.loads(file.read().decode("utf-8-sig"))
-        except json.JSONDecodeError:
-            return None
+        text = file.read().decode("utf-8-sig")
+    try:
+        loaded = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    _require_whole_characters(text, str(path), loaded)
     whole = isinstance(loaded, list) and loaded and all(isinstance(record, dict) for record in loaded)
     return loaded if whole else None
 

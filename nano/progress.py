@@ -7,12 +7,13 @@ every few seconds, so that nothing floods and nothing is silent.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -52,7 +53,20 @@ def show(renderable: RenderableType, *, json_mode: bool = False) -> None:
     from rich.console import Console
 
     out = sys.stderr if json_mode else sys.stdout
+    _never_failing(out)
     Console(file=out, highlight=False, width=None if out.isatty() else 100).print(renderable)
+
+
+def put(text: str) -> None:
+    """A result that is text, on stdout, as it is."""
+    _never_failing(sys.stdout)
+    print(text)
+
+
+def _never_failing(stream: TextIO) -> None:
+    """Where a stream's encoding lacks a character "?" stands for it, rather than an error after the work is done."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="replace")
 
 
 def emit_json(data: Mapping[str, Any]) -> None:

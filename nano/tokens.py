@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nano.chat import ChatTemplate
-from nano.errors import BadFileError
+from nano.errors import BadFileError, RequestError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -54,8 +54,17 @@ class TextTokenizer:
         return tuple(t.content for t in self.backend.get_added_tokens_decoder().values() if t.special)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special ids added."""
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        """Ids of a text, without special ids added.
+
+        Raises:
+            RequestError: the text holds bytes or halves of characters that are no text.
+        """
+        try:
+            return list(self.backend.encode(text, add_special_tokens=False).ids)
+        except TypeError:  # how tokenizers refuses what UTF-8 cannot write
+            raise RequestError(
+                "The text is not valid Unicode.", found=ascii(text[:60]), expected="text in UTF-8"
+            ) from None
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a prompt: the beginning id where there is one, then the text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -42,7 +43,10 @@ def test_version_and_help(nanokit: Call) -> None:
         (["evaluate", "{stories}", "--data", "{text}", "--activations", "int8"], "int4"),
         (["evaluate", "{empty}", "--data", "{text}"], "no config.json"),
         (["generate", "{stories}"], "--prompt"),
-        (["generate", "{stories}", "--prompt", "x", "--temperature", "-1"], "negative"),
+        (["generate", "{stories}", "--prompt", "x", "--temperature", "-1"], "out of range"),
+        (["generate", "{stories}", "--prompt", "x", "--temperature", "nan"], "out of range"),
+        (["generate", "{stories}", "--prompt", "x", "--seed", "-1"], "negative"),
+        (["generate", "{stories}", "--prompt", "\udcff"], "not valid Unicode"),
         (["build", "/no/such.toml"], "no such recipe"),
     ],
 )
@@ -91,6 +95,23 @@ def test_json_is_alone_on_stdout(nanokit: Call, stories: Path, tinystories: Path
     assert found["top1"] == 1.0
     assert 4.5 < found["perplexity"] < 6.0
     assert "Failed to load" not in ran.stderr
+
+
+def test_an_encoding_without_a_character_loses_that_character_only(stories: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "nano",
+        "generate",
+        str(stories),
+        "--prompt",
+        "Once \u2014",
+        "--max-new-tokens",
+        "1",
+    ]
+    ran = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
+    assert ran.returncode == 0
+    assert ran.stdout.startswith(b"Once ?")
 
 
 def test_generate_prints_the_text(nanokit: Call, stories: Path) -> None:

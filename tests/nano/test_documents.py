@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ def test_a_big_text_file_without_line_ends(tmp_path: Path, monkeypatch: pytest.M
         (b'{"messages": [{"speaker": "x"}]}\n', "speaker"),
         (b'{"text": "ok"}\n[1]\n', "line is no object"),
         (b'{"text": "ok"}\n\xff\n', "not text"),
+        (b'{"text": "ok"}\n{"text": "cut \\ud83d here"}\n', r"half of a character.*\n.*line 2: .ud83d"),
+        (b'[{"text": "cut \\ud83d"}]', "half of a character"),
+        (b'{"text": "ok"}\n' + b"[" * 100_000 + b"\n", "line 2"),
         (b'[{"text": "ok"}, {"story": 1}]', "record 2"),
     ],
 )
@@ -180,3 +184,11 @@ def test_a_missing_extra_names_itself(module: str, tmp_path: Path, monkeypatch: 
         read_documents([tmp_path / "x" if module.startswith("pyarrow") else "org/name"])
     assert isinstance(error.value, MissingExtraError)
     assert "nanokit[data]" in str(error.value)
+
+
+def test_a_pipe_is_refused_as_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadFileError, match="pipe or a device"):
+        read_documents([tmp_path / "pipe"])
+    (tmp_path / "whole.jsonl").write_bytes(b'{"text": "\\ud83d\\ude00 and \\\\ud83d as it is written"}')
+    assert read_documents([tmp_path / "whole.jsonl"]) == ["\U0001f600 and \\ud83d as it is written"]
