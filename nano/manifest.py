@@ -110,6 +110,12 @@ def read_manifest(folder: Path) -> Manifest:
         BadFileError: missing, not JSON, or of a schema this version does not know.
     """
     path = folder / NAME
+    if folder.is_file():
+        raise BadFileError(
+            "This should be a folder.",
+            found=f"the file {folder}",
+            todo=f"name the folder that holds it: {folder.parent}",
+        )
     if not folder.is_dir():
         raise BadFileError("There is no such folder.", found=str(folder), todo="check the path")
     if not path.is_file():

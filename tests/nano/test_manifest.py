@@ -76,3 +76,9 @@ def test_unknown_fields_of_a_newer_minor_version_do_no_harm(tmp_path: Path) -> N
     path = tmp_path / "a" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "novelty": 1}))
     assert read_manifest(tmp_path / "a").kind == "int4"
+
+
+def test_a_file_in_a_folder_leads_to_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.pte").write_bytes(b"x")
+    with pytest.raises(BadFileError, match=f"name the folder that holds it: {tmp_path}"):
+        read_manifest(tmp_path / "model.pte")
