@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from distill.data import Batch, make_batch
+from distill.data import Batch, Rows, make_batch
 from distill.depth import layers_to_drop
-from distill.importance import measure
+from distill.importance import Importance, measure
 from distill.models import load_weights, new_model
 from distill.options import DistillOptions
 from distill.refit import Refit
-from distill.request import Job
-from distill.shrink import Cut, Read, choose, cut_tensors, least_influence, select
+from distill.shrink import Cut, Narrow, Read, choose, cut_tensors, least_influence, select
 from nano.shapes import ModelShape
 
 CALIBRATION_BATCH = 16
@@ -48,6 +47,21 @@ class Source:
     shape: ModelShape
     read: Read
     kept: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is known of a model's parts before widths are cut.
+
+    Attributes:
+        damage: layers that leave, and the KL to the whole model once each is gone (None where that was not measured).
+        importance: of the parts of those that stay.
+        narrow: what is left of a linear whose inputs are cut.
+    """
+
+    damage: list[tuple[int, float | None]]
+    importance: Importance
+    narrow: Narrow
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,17 @@ def cut_model(
         calibration: text that importance is measured on.
         options: how.
     """
+    return cut_widths(source, target, config, rank_parts(source, target, calibration, options))
+
+
+def rank_parts(source: Source, target: ModelShape, calibration: list[Batch], options: DistillOptions) -> Parts:
+    """Which layers leave, and how important every part of those that stay is.
+
+    Args:
+        source: what will be cut.
+        target: only its layers matter here, so shapes with the same ones can share what is found.
+        calibration, options: see `cut_model`.
+    """
     model, shape = source.model, source.shape
     damage: list[tuple[int, float | None]]
     if options.layers == "damage":
@@ -88,15 +113,20 @@ def cut_model(
         damage = [(layer, None) for layer in least_influence(shape, target, ranking)]
     dropped = [layer for layer, _kl in damage]
     importance = measure(model, shape, calibration, dropped)
-    cut = choose(shape, target, dropped, importance)
-    narrow = Refit(model, shape, calibration, dropped) if options.refit else select
+    return Parts(damage, importance, Refit(model, shape, calibration, dropped) if options.refit else select)
+
+
+def cut_widths(source: Source, target: ModelShape, config: Mapping[str, Any], parts: Parts) -> Made:
+    """Cut a model to a shape by what was found of its parts."""
+    shape = source.shape
+    cut = choose(shape, target, [layer for layer, _kl in parts.damage], parts.importance)
     student = new_model(cut.shape.to_hf(config))
-    load_weights(student, dict(cut_tensors(shape, cut, importance, source.read, narrow)))
+    load_weights(student, dict(cut_tensors(shape, cut, parts.importance, source.read, parts.narrow)))
     name = source.kept["layers"] if source.kept else range(shape.num_layers)
     record = {
         "parameters": [shape.num_parameters, cut.shape.num_parameters],
         **{key: [getattr(shape, key), getattr(cut.shape, key)] for key in COUNTED},
-        "dropped_layers": [{"layer": name[layer], "kl_without": kl} for layer, kl in damage],
+        "dropped_layers": [{"layer": name[layer], "kl_without": kl} for layer, kl in parts.damage],
     }
     return Made(student, cut.shape, lists(cut, source.kept), record)
 
@@ -136,9 +166,9 @@ def lists(cut: Cut, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
     }
 
 
-def calibration_text(job: Job, device: str) -> list[Batch]:
+def calibration_text(rows: Rows, options: DistillOptions, device: str) -> list[Batch]:
     """The first rows that training would see."""
-    count = min(len(job.rows), max(1, math.ceil(job.options.calibration_tokens / job.options.length)))
-    order = np.sort(job.rows.order(count, 0, job.options.seed))
+    count = min(len(rows), max(1, math.ceil(options.calibration_tokens / options.length)))
+    order = np.sort(rows.order(count, 0, options.seed))
     starts = range(0, count, CALIBRATION_BATCH)
-    return [make_batch(job.rows, order[at : at + CALIBRATION_BATCH], device) for at in starts]
+    return [make_batch(rows, order[at : at + CALIBRATION_BATCH], device) for at in starts]

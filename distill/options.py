@@ -56,6 +56,8 @@ class DistillOptions:
         on_policy: share of sequences that the student continues itself, scored by the teacher; 0 trains on text only.
         prompt: tokens of text that such a continuation starts from.
         layers: "damage" drops layers by what their absence measurably does, "influence" by block influence (faster).
+        shapes: of a student given by its size, cut to so many shapes of that size and take the one that the cut hurts
+            least; 1 takes the one whose dimensions are gentlest, as `nanokit plan` shows it.
         rounds: cut and train in so many rounds; "auto" makes one where half or more of the parameters stay, and else
             rounds that each leave at least half.
         heal: share of the steps that the rounds before the last get together.
@@ -100,6 +102,7 @@ class DistillOptions:
     on_policy: float = 0.0
     prompt: int = 32
     layers: Literal["damage", "influence"] = "damage"
+    shapes: int = 1
     rounds: Literal["auto"] | int = "auto"
     heal: float = 0.1
     refit: bool = True
@@ -128,7 +131,7 @@ class DistillOptions:
             ("match", 0, 1e6), ("on_policy", 0, 1), ("prompt", 1, math.inf), ("seed", 0, 2**63),
             ("held_out", 1e-4, 0.9), ("eval_tokens", 64, math.inf), ("eval_every", 0, math.inf),
             ("calibration_tokens", 64, math.inf), ("save_every", 0, math.inf), ("heal", 0, 0.95),
-            ("remember", 0, 1e6),
+            ("remember", 0, 1e6), ("shapes", 1, 64),
             *((("rounds", 1, 16),) if self.rounds != "auto" else ()),
         ))  # fmt: skip
         if self.beta == 1 or (self.beta and self.divergence not in DEFAULT_BETA):

@@ -121,13 +121,15 @@ def check_together(options: DistillOptions) -> None:
     """Refuse what several processes cannot do.
 
     Raises:
-        UnsupportedError: continuations of the student's own, bitsandbytes' optimizers, or another tokenizer.
+        UnsupportedError: continuations of the student's own, bitsandbytes' optimizers, another tokenizer, or a search.
     """
     for name, wanted, instead in (
         (f"--on-policy {options.on_policy:g}", options.on_policy > 0, "leave it out, or use one device"),
         (f"--optimizer {options.optimizer}", options.optimizer != "adamw", "its moments are sharded: adamw is enough"),
         (f"--cross-tokenizer {options.cross_tokenizer}", options.cross_tokenizer != "none", "use one device"),
-    ):
+        (f"--shapes {options.shapes}", options.shapes > 1,
+         "find the shape in one process (--shapes N --steps 0), then train that folder: --student FOLDER"),
+    ):  # fmt: skip
         if wanted:
             raise UnsupportedError("That runs on one device only.", found=f"{name} under torchrun", todo=instead)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,12 @@ from nano.folder import check_output
 from nano.manifest import fingerprint
 from nano.progress import say, warn
 from nano.shapes import ModelShape, read_config
+from nano.solve import solve_shapes
 from nano.sources import Source, open_sources
 from nano.tokens import TextTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from distill.search import Trial
 
 MANY_EPOCHS = 20
 NO_MATTER = ("save_every", "curves", "tensorboard")
@@ -52,6 +56,7 @@ class Job:
         vocab: ids that are compared, where the embeddings of teacher and student differ in size.
         rounds: the cuts and what each is trained for; one where the student is not cut.
         tokenizers: the student's and the teacher's, where they differ.
+        trials: shapes that were tried before this one was taken, which is the first of them.
     """
 
     teacher: Path
@@ -70,6 +75,7 @@ class Job:
     rounds: tuple[Round, ...] = ()
     scratch: bool = False
     tokenizers: tuple[TextTokenizer, TextTokenizer] | None = None
+    trials: tuple[Trial, ...] = ()
 
     @property
     def largest(self) -> int:
@@ -150,9 +156,7 @@ def prepare(
 
     check_float_folder(teacher)
     tokenizer = load_tokenizer(teacher, shape.vocab_size)
-    plans = [_rounds(shape, target, options) for target in targets]
-    for target, plan in zip(targets, plans, strict=True):
-        _say_student(target, shape, plan, options)
+    plans = _plans(targets, shape, options, tell=options.shapes == 1)
     own = tokenizer
     if options.cross_tokenizer == "none":
         common = [common_ids(target, shape, tokenizer) for target in targets]
@@ -161,6 +165,10 @@ def prepare(
         own, common = students_tokenizer(targets, tokenizer)
         text = load_text(sources, own, options, other=Other(tokenizer, shape.max_positions))
     rows, held_out = text.rows, text.held_out
+    trials = _try_shapes(teacher, shape, students, targets, config, rows, options)
+    if options.shapes > 1:
+        targets = [replace(t, shape=tried[0].shape) if tried else t for t, tried in zip(targets, trials, strict=True)]
+        plans = _plans(targets, shape, options, tell=True)
     epochs = options.steps * options.batch / len(rows)
     if epochs > MANY_EPOCHS:
         warn(f"the text is repeated {epochs:.0f} times; give more text or fewer --steps")
@@ -176,10 +184,42 @@ def prepare(
         Job(
             teacher, target.config, shape, target.shape, rows, held_out, sources, options,
             {**shared, **_own_identity(target)}, endings, cache, target.folder, ids, plan,
-            target.scratch, None if own is tokenizer else (own, tokenizer),
+            target.scratch, None if own is tokenizer else (own, tokenizer), tried,
         )
-        for target, ids, plan in zip(targets, common, plans, strict=True)
+        for target, ids, plan, tried in zip(targets, common, plans, trials, strict=True)
     ]  # fmt: skip
+
+
+def _try_shapes(
+    folder: Path,
+    teacher: ModelShape,
+    students: Sequence[str | ModelShape],
+    targets: Sequence[Wanted],
+    config: Mapping[str, Any],
+    rows: Rows,
+    options: DistillOptions,
+) -> list[tuple[Trial, ...]]:
+    """For each student the shapes that were tried, the best first; none where it is not one to cut to a size."""
+    by_size = [isinstance(s, str) and t.folder is None for s, t in zip(students, targets, strict=True)]
+    if options.shapes == 1 or options.start != "pruned" or not any(by_size):
+        return [()] * len(targets)
+    from distill.search import least_damaged
+
+    sizes = [str(student) for student, wanted in zip(students, by_size, strict=True) if wanted]
+    shapes = [solve_shapes(teacher, size, options.shapes) for size in sizes]
+    found = iter(least_damaged(folder, teacher, shapes, config, rows, options))
+    return [next(found) if wanted else () for wanted in by_size]
+
+
+def _plans(
+    targets: Sequence[Wanted], teacher: ModelShape, options: DistillOptions, tell: bool
+) -> list[tuple[Round, ...]]:
+    """The rounds of each student; says what it will be where that is certain."""
+    plans = [_rounds(teacher, target, options) for target in targets]
+    for target, plan in zip(targets, plans, strict=True):
+        if tell:
+            _say_student(target, teacher, plan, options)
+    return plans
 
 
 def _rounds(teacher: ModelShape, target: Wanted, options: DistillOptions) -> tuple[Round, ...]:

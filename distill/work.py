@@ -214,7 +214,7 @@ def _cut_again(pupil: Pupil, weights: Mapping[str, torch.Tensor], job: Job, devi
     model = new_model(facts["config"])  # without hooks, compiled layers, recomputation and shards
     load_weights(model, weights)
     source = Source(model.to(device), pupil.shape, weights.__getitem__, facts["kept"])
-    made = cut_model(source, target.shape, job.config, calibration_text(job, device), job.options)
+    made = cut_model(source, target.shape, job.config, calibration_text(job.rows, job.options, device), job.options)
     facts.update(config=made.shape.to_hf(job.config), kept=made.kept)
     facts["rounds"].append({**made.record, "steps": target.steps})
     return made.model
@@ -269,7 +269,9 @@ def begin(
 def _first_cut(job: Job, teacher: LiveTeacher | CrossTeacher, device: str) -> Made:
     with Checkpoint(job.teacher) as checkpoint:
         source = Source(teacher.model, teacher.shape, checkpoint.tensor)
-        return cut_model(source, job.rounds[0].shape, job.config, calibration_text(job, device), job.options)
+        return cut_model(
+            source, job.rounds[0].shape, job.config, calibration_text(job.rows, job.options, device), job.options
+        )
 
 
 def _entropy(total: float, over: Comparison) -> dict[str, float]:
@@ -366,6 +368,7 @@ def _results(job: Job, shape: ModelShape, facts: Mapping[str, Any], trained: Com
         "teacher_parameters": job.teacher_shape.num_parameters,
         "held_out": held_out,
         **_cuts(job, facts, held_out["trained"]),
+        **({"shapes": [trial.as_dict() for trial in job.trials]} if job.trials else {}),
         "learning_rate": job.options.peak_rate(shape.hidden_size),
         "steps": job.options.steps,
         "kept_step": facts.get("kept_step", job.options.steps),

@@ -141,6 +141,28 @@ def solve_student(teacher: ModelShape, size: str | SizeTarget) -> ModelShape:
     return _shaped(teacher, nearest)
 
 
+def solve_shapes(teacher: ModelShape, size: str, count: int) -> list[ModelShape]:
+    """At most `count` shapes of a size, unlike each other: the gentlest F of each (L, D, G), the gentlest first.
+
+    The first is `solve_student`'s. How much each really loses only a cut can tell (`distill.search`).
+
+    Raises:
+        RequestError: as `solve_student`.
+    """
+    target, first = parse_size(size), solve_student(teacher, size)
+    weight = DEVIATION_WEIGHT / target.tolerance**2
+    found: dict[tuple[int, int, int], tuple[float, _Layout]] = {}
+    for layout in _layouts(teacher, target):
+        off = abs(layout.parameters - target.parameters) / target.parameters
+        key = (layout.layers, layout.hidden, layout.kv_heads)
+        rank = (layout.cost + weight * off**2, layout)
+        if off <= target.tolerance and (key not in found or rank[0] < found[key][0]):
+            found[key] = rank
+    ranked = sorted(found.items(), key=lambda entry: (entry[1][0], entry[0]))
+    shapes = [_shaped(teacher, layout) for _key, (_rank, layout) in ranked]
+    return [first, *(shape for shape in shapes if shape != first)][:count]
+
+
 def solve_between(teacher: ModelShape, student: ModelShape, parameters: int) -> ModelShape | None:
     """A shape on the way from a teacher to a student of it: what the student may be cut from, cut from the teacher.
 
