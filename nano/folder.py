@@ -12,8 +12,11 @@ import errno
 import hashlib
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from nano.errors import NoSpaceError, OutputExistsError, RequestError
 from nano.progress import say
@@ -117,8 +120,9 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     partial = place.with_name(place.name + ".partial")
     lock = _emptied(partial)
     try:
-        yield partial
-        replace_folder(partial, place)
+        with termination_interrupts():
+            yield partial
+            replace_folder(partial, place)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if is_no_space(error):
@@ -130,6 +134,29 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         raise
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP do what Ctrl-C does, so that what it cleans up is cleaned up.
+
+    Build servers, `docker stop` and batch systems send the first, a closing terminal the second. Where one is handled
+    or ignored already (nohup), and in threads, that stays as it is.
+    """
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)] if main else []
+    replaced = [number for number in set(numbers) if signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in replaced:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _emptied(partial: Path) -> int:

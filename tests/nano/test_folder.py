@@ -151,3 +151,22 @@ def test_outputs_that_cannot_be_replaced_are_refused_before_work(
         check_output(Path("~/out"), force=False)
     (tmp_path / "~").mkdir()
     check_output(Path("~/out"), force=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminated_run_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "out") as folder:
+            (folder / "half").write_text("x")
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        assert list(tmp_path.iterdir()) == []
+        assert signal.getsignal(number) is signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)  # as nohup does
+        with staged_folder(tmp_path / "out"):
+            os.kill(os.getpid(), number)
+        assert (tmp_path / "out").is_dir()
+    finally:
+        signal.signal(number, before)
