@@ -116,7 +116,7 @@ def write_report(folder: Path, manifest: Manifest, *, picture: bool) -> None:
 
 def page(facts: Facts) -> str:
     """The whole HTML page."""
-    return html_page(facts.title, [_figures(facts), _loss(facts), _cuts(facts), _text(facts)])
+    return html_page(facts.title, [_figures(facts), _loss(facts), _shapes(facts), _cuts(facts), _text(facts)])
 
 
 def _figures(facts: Facts) -> str:
@@ -153,6 +153,25 @@ def _loss(facts: Facts) -> str:
     return (
         "<section><h2>Cross-entropy by step</h2><p>Nats a token. A cut lifts the loss at once, training brings it "
         f'down.</p><p class="legend">{keys}</p><div class="curve"><figure>{chart}</figure></div></section>'
+    )
+
+
+def _shapes(facts: Facts) -> str:
+    """The shapes that were tried, where some were."""
+    tried = facts.results.get("shapes")
+    if not tried:
+        return ""
+    head = "".join(f"<th>{escape(label)}</th>" for _, label in COUNTS)
+    rows = []
+    for i, trial in enumerate(tried):
+        cells = "".join(f"<td>{trial[key]:,}</td>" for key, _ in COUNTS)
+        kl = f"{trial['kl']:.4f}"
+        rows.append(f"<tr>{cells}<td>{kl if i else f'<b>{kl}</b>'}</td></tr>")
+    return (
+        "<section><h2>Which shape</h2><p>Shapes of the size that was asked for, each cut and measured on calibration "
+        "text before any training. The first was taken.</p>"
+        f'<div class="wide"><table><thead><tr>{head}<th>KL after the cut</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
 

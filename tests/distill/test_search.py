@@ -82,3 +82,10 @@ def test_the_command_line_takes_it(nanokit: Callable[..., Any], stories: Path, t
     ran = nanokit("distill", "--teacher", stories, "--student", SIZE, "--data", text, "--out", tmp_path / "x", "--shapes", "0")  # noqa: E501  # fmt: skip
     assert ran.status == 2
     assert "--shapes is out of range" in ran.stderr
+
+
+def test_the_report_shows_what_was_tried(searched: Path, stories: Path, text: Path) -> None:
+    page = (searched / "report.html").read_text()
+    assert "Which shape" in page
+    for trial in read_manifest(searched).results["shapes"]:
+        assert f"{trial['kl']:.4f}" in page
