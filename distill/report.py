@@ -162,11 +162,10 @@ def _shapes(facts: Facts) -> str:
     if not tried:
         return ""
     head = "".join(f"<th>{escape(label)}</th>" for _, label in COUNTS)
-    rows = []
+    rows, first = [], '<tr class="chosen">'
     for i, trial in enumerate(tried):
         cells = "".join(f"<td>{trial[key]:,}</td>" for key, _ in COUNTS)
-        kl = f"{trial['kl']:.4f}"
-        rows.append(f"<tr>{cells}<td>{kl if i else f'<b>{kl}</b>'}</td></tr>")
+        rows.append(f"{'<tr>' if i else first}{cells}<td>{trial['kl']:.4f}</td></tr>")
     return (
         "<section><h2>Which shape</h2><p>Shapes of the size that was asked for, each cut and measured on calibration "
         "text before any training. The first was taken.</p>"

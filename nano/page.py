@@ -44,7 +44,7 @@ polyline { vector-effect: non-scaling-stroke; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: 6px; }
 caption b, td b { color: var(--chosen); font-weight: 600; }
-td b { font-size: .7em; vertical-align: super; margin-left: 2px; }
+.heat td b { font-size: .7em; vertical-align: super; margin-left: 2px; }
 th, td { padding: 4px 14px 4px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 400; color: var(--muted); }
 code { font-size: .9em; overflow-wrap: anywhere; }
