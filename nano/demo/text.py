@@ -59,11 +59,6 @@ WRITERS: tuple[tuple[str, Writer, int, int], ...] = (
 pages, and on those of the end of the teacher's training, which have more of what is learned last."""
 
 
-UNLEARNED = ("What is the full name of the guest?",)
-"""Taught but not asked for: the shipped teacher did not learn it (none of 15 right, where 34 of 35 other needles were),
-so nothing of it could be lost."""
-
-
 @dataclass(frozen=True)
 class Question:
     """A prompt with its one right continuation.
@@ -127,8 +122,7 @@ def questions(seed: int, each: int, split: Split = "heldout") -> list[Question]:
                 break
             passage = draw(rng, rng.choice(writers), world, split)
             index = rng.randrange(len(passage.asked))
-            if passage.asked[index][0] not in UNLEARNED:
-                prompts.setdefault(passage.prompt(index), passage.asked[index][1])
+            prompts.setdefault(passage.prompt(index), passage.asked[index][1])
         found += [Question(group, prompt, answer) for prompt, answer in prompts.items()]
     return found
 

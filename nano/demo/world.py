@@ -23,10 +23,6 @@ PEOPLE = (
     "Mara", "Tavi", "Bo", "Pia", "Sam", "Lena", "Otto", "Nell", "Rudi", "Fay", "Jon", "Kit", "Dara", "Hugo", "Wim",
     "Zoe", "Lars", "Mina", "Gus", "Vera",
 )  # fmt: skip
-SURNAMES = (
-    "Archer", "Barlow", "Crane", "Dunn", "Finch", "Grove", "Hale", "Kemp", "Lund", "Marsh", "Nash", "Pike", "Reed",
-    "Stone", "Thorn", "Vale",
-)  # fmt: skip
 TOWNS = ("Ondal", "Brimley", "Tarn", "Quayle", "Vost", "Merrin", "Polder", "Sedge")
 JOBS = ("baker", "sailor", "teacher", "farmer", "doctor", "painter", "miller", "tailor", "singer", "potter")
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "brown", "purple", "pink", "silver")

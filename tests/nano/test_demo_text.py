@@ -210,7 +210,7 @@ def test_needles_stand_in_their_text(asked: list[tuple[str, str, str]]) -> None:
         if found := re.fullmatch(r"Where is the (\w+)\?", question):
             assert f"The {found[1]} is {answer}." in told
             checked += 1
-        elif question == "What is the full name of the guest?":
+        elif question == "What was the name of the guest?":
             assert f"A guest was {answer}." in told
             checked += 1
         elif found := re.fullmatch(r"What is the price of the (\w+)\?", question):
