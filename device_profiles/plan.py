@@ -29,6 +29,8 @@ from device_profiles.footprint import (
     planned_parts,
 )
 from nano.errors import RequestError
+from nano.exportable import warn_of_export
+from nano.families import family_of
 from nano.shapes import ModelShape, read_config
 from nano.solve import SizeTarget, canonical_shape, parse_size, solve_student
 
@@ -135,8 +137,10 @@ def make_plan(student: str, teacher: Path | None = None, tokens: str | None = No
     if teacher is None:
         shape, source, tokenizer_bytes = canonical_shape(student), None, 0
     else:
-        source = ModelShape.from_hf(read_config(teacher))
+        config = read_config(teacher)
+        source = ModelShape.from_hf(config)
         shape = solve_student(source, target)
+        warn_of_export(config, family_of(source.family))
         tokenizer = teacher / "tokenizer.json"
         tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
     count = TOKENS_PER_PARAMETER * shape.num_parameters if tokens is None else parse_tokens(tokens)

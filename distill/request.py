@@ -21,6 +21,8 @@ from distill.text import Other, load_text
 from distill.vocabulary import vocabulary_hash
 from distill.wanted import Wanted, common_ids, find_student, students_tokenizer
 from nano.errors import OutputExistsError, RequestError, UnsupportedError
+from nano.exportable import warn_of_export
+from nano.families import family_of
 from nano.folder import check_output
 from nano.manifest import fingerprint
 from nano.progress import say, warn
@@ -150,6 +152,7 @@ def prepare(
     targets = [find_student(student, shape, config, options.start) for student in students]
     for target in targets:
         _check_length(options.length, target.shape, "student")
+        warn_of_export(target.config, family_of(target.shape.family))
     cache = open_cache(teacher_cache, options) if teacher_cache else None
     sources = open_sources(data)
     from nano.torch_lm import check_float_folder

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 from nano.errors import UnsupportedError
+from nano.exportable import obstacle
 from nano.families import family_of
 from nano.shapes import ModelShape
 from quantize.packed import Int4Checkpoint
 
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""Rotations whose angles do not depend on the length of the text, so a table holds them."""
 DEFAULT_CONTEXT = 2048
 
 
@@ -59,23 +58,9 @@ def read_arithmetic(checkpoint: Int4Checkpoint, context: int) -> Arithmetic:
 
 def check_config(config: Any, shape: ModelShape) -> None:
     """Refuse settings of a transformers configuration that no writer carries."""
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
-        if getattr(config, key, None):
-            raise UnsupportedError(
-                "This model's attention is not supported.", found=f"{key} = {getattr(config, key)}", expected="none"
-            )
-    wanted = family_of(shape.family).activation
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", wanted)
-    if activation != wanted:
-        raise UnsupportedError("This model's activation is not supported.", found=str(activation), expected=wanted)
-    rope = config.rope_parameters
-    for kind, one in rope.items() if all(isinstance(value, dict) for value in rope.values()) else [("", rope)]:
-        if one.get("rope_type", "default") not in STATIC_ROPE or one.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedError(
-                "This model's rotary positions are not supported.",
-                found=f"{kind} rope_parameters {one}".strip(),
-                expected=f"rope_type one of {', '.join(STATIC_ROPE)}, over the whole head",
-            )
+    found = obstacle(config.to_dict(), family_of(shape.family))
+    if found:
+        raise UnsupportedError(found.problem, found=found.found, expected=found.expected)
 
 
 def rotation_tables(shape: ModelShape, config: Any, context: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -24,7 +24,13 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists() or not _HUB_ID.match(name) or name.startswith("."):
+    if folder.exists():
+        raise BadFileError(
+            "A model is a folder; this is a file.",
+            found=str(folder),
+            todo=f"name the folder that holds it: {folder.parent}",
+        )
+    if not _HUB_ID.match(name) or name.startswith("."):
         raise BadFileError(
             "There is no such model folder.", found=name, expected="a folder, or a hub id like Qwen/Qwen3-0.6B"
         )

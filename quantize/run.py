@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nano.errors import RequestError
+from nano.exportable import warn_of_export
+from nano.families import family_of
 from nano.folder import check_output, human_bytes, require_space, staged_folder
 from nano.manifest import Manifest, input_entry, library_versions, write_manifest
 from nano.progress import console, say, warn
@@ -73,7 +75,9 @@ def run_quantize(
         from quantize.bnb import quantize_bnb
 
         return quantize_bnb(student, out, options, force)
-    shape = ModelShape.from_hf(read_config(student))
+    config = read_config(student)
+    shape = ModelShape.from_hf(config)
+    warn_of_export(config, family_of(shape.family))
     asked = options
     options = with_rotation(student, _that_can_run(options, shape, bool(data)))
     own = recipe.rules if recipe else options.rules

@@ -42,6 +42,7 @@ def test_version_and_help(nanokit: Call) -> None:
         (["evaluate", "{stories}", "--data", "{stories}/model.safetensors"], "not text"),
         (["evaluate", "{stories}", "--data", "{text}", "--activations", "int8"], "int4"),
         (["evaluate", "{empty}", "--data", "{text}"], "no config.json"),
+        (["evaluate", "{stories}/config.json", "--data", "{text}"], "name the folder that holds it"),
         (["generate", "{stories}"], "--prompt"),
         (["generate", "{stories}", "--prompt", "x", "--temperature", "-1"], "out of range"),
         (["generate", "{stories}", "--prompt", "x", "--temperature", "nan"], "out of range"),
