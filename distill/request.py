@@ -172,11 +172,7 @@ def prepare(
     if options.shapes > 1:
         targets = [replace(t, shape=tried[0].shape) if tried else t for t, tried in zip(targets, trials, strict=True)]
         plans = _plans(targets, shape, options, tell=True)
-    epochs = options.steps * options.batch / len(rows)
-    if epochs > MANY_EPOCHS:
-        warn(f"the text is repeated {epochs:.0f} times; give more text or fewer --steps")
-    seen = f"{rows.tokens:,} tokens in {len(rows):,} sequences, seen {epochs:.1f} times"
-    say(f"text: {seen}; {held_out.tokens:,} held out")
+    _say_text(rows, held_out, options)
     endings = tokenizer.eos_ids if tokenizer.bos_id is None else (*tokenizer.eos_ids, tokenizer.bos_id)
     shared = _identity(teacher, sources, options)
     if cache:
@@ -238,6 +234,14 @@ def _check_length(length: int, shape: ModelShape, whose: str) -> None:
             found=f"--length {length}",
             expected=f"at most {shape.max_positions}",
         )
+
+
+def _say_text(rows: Rows, held_out: Rows, options: DistillOptions) -> None:
+    epochs = options.steps * options.batch / len(rows)
+    if epochs > MANY_EPOCHS:
+        warn(f"the text is repeated {epochs:.0f} times; give more text or fewer --steps")
+    seen = f"{rows.tokens:,} tokens in {len(rows):,} sequences, seen {epochs:.1f} times"
+    say(f"text: {seen}; {held_out.tokens:,} held out")
 
 
 def _say_student(target: Wanted, teacher: ModelShape, plan: tuple[Round, ...], options: DistillOptions) -> None:

@@ -75,10 +75,7 @@ def run_quantize(
         from quantize.bnb import quantize_bnb
 
         return quantize_bnb(student, out, options, force)
-    config = read_config(student)
-    shape = ModelShape.from_hf(config)
-    warn_of_export(config, family_of(shape.family))
-    asked = options
+    shape, asked = _shape_of(student), options
     options = with_rotation(student, _that_can_run(options, shape, bool(data)))
     own = recipe.rules if recipe else options.rules
     recipe = recipe or default_recipe(options, head_stays_tied(student, options))
@@ -108,6 +105,14 @@ def run_quantize(
             manifest = replace(manifest, results=results)
             write_report(folder, manifest, student)
             return write_manifest(folder, manifest)
+
+
+def _shape_of(student: Path) -> ModelShape:
+    """A float model's dimensions; says what export will refuse of it."""
+    config = read_config(student)
+    shape = ModelShape.from_hf(config)
+    warn_of_export(config, family_of(shape.family))
+    return shape
 
 
 def _say_padding(model: Student, split: int) -> None:
