@@ -120,7 +120,12 @@ class ModelShape:
         family = family_of(str(_needed(config, "model_type")))
         for key in ("attention_bias", "mlp_bias"):
             if config.get(key):
-                raise UnsupportedError("Linears with a bias are not supported.", found=f"{key} = true")
+                raise UnsupportedError(
+                    "Linears with a bias are not supported.",
+                    found=f"{key} = true",
+                    expected="a model of the family without them",
+                    todo="where all of them are zero, set it to false in config.json and take them out of the weights",
+                )
         heads, hidden, layers = (
             int(_number(config, k)) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
         )

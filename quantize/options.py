@@ -97,6 +97,7 @@ class QuantizeOptions:
             "--samples": self.samples < 0,
             "--length": self.length < 8,
             "--damping": not 0 <= self.damping < math.inf,
+            "--seed": self.seed < 0,
             "--steps": self.steps < 0,
             "--batch": self.batch < 1,
             "--window": self.window < 8,
@@ -111,8 +112,8 @@ class QuantizeOptions:
             raise RequestError(
                 "A number for quantize makes no sense.",
                 found=f"{found[0]} {getattr(self, found[0][2:].replace('-', '_'))}",
-                expected="a batch of 1 or more, windows of 8 tokens or more, samples, damping, steps, learning rate, "
-                "bits budget and context of 0 or more; noise and cross-entropy from 0 to 1; "
+                expected="a batch of 1 or more, windows of 8 tokens or more, samples, damping, seed, steps, learning "
+                "rate, bits budget and context of 0 or more; noise and cross-entropy from 0 to 1; "
                 "a context only with --profile",
             )
         if self.bits_budget and self.profile:

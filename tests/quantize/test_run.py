@@ -183,6 +183,7 @@ def test_the_command(tiny_model: Callable[..., Path], text: Path, tmp_path: Path
         {"length": 4},
         {"damping": -0.1},
         {"damping": float("nan")},
+        {"seed": -1},
         {"steps": -1},
         {"batch": 0},
         {"learning_rate": -0.1},
