@@ -96,19 +96,25 @@ def cut_model(
     return cut_widths(source, target, config, rank_parts(source, target, calibration, options))
 
 
-def rank_parts(source: Source, target: ModelShape, calibration: list[Batch], options: DistillOptions) -> Parts:
+def rank_parts(
+    source: Source,
+    target: ModelShape,
+    calibration: list[Batch],
+    options: DistillOptions,
+    damage: list[tuple[int, float | None]] | None = None,
+) -> Parts:
     """Which layers leave, and how important every part of those that stay is.
 
     Args:
         source: what will be cut.
         target: only its layers matter here, so shapes with the same ones can share what is found.
         calibration, options: see `cut_model`.
+        damage: layers that leave (as `Parts` has them), where that is known.
     """
     model, shape = source.model, source.shape
-    damage: list[tuple[int, float | None]]
-    if options.layers == "damage":
+    if damage is None and options.layers == "damage":
         damage = [*layers_to_drop(model, shape, target, calibration[:RANKING_BATCHES])]
-    else:
+    elif damage is None:
         ranking = measure(model, shape, calibration[:RANKING_BATCHES])
         damage = [(layer, None) for layer in least_influence(shape, target, ranking)]
     dropped = [layer for layer, _kl in damage]

@@ -26,6 +26,7 @@ import torch
 
 from distill.cutting import COUNTED, Parts, Source, calibration_text, cut_widths, rank_parts
 from distill.data import Batch, Rows
+from distill.depth import layers_to_drop
 from distill.losses import compare
 from distill.models import head_weight, hidden_states
 from distill.options import DistillOptions
@@ -35,7 +36,8 @@ from nano.progress import track
 from nano.shapes import ModelShape
 
 JUDGING_BATCHES = 1
-"""Of the calibration text's 16 sequences each: enough to tell shapes apart, whose damages differ by tenths of a nat."""
+"""Of the calibration text's, 16 sequences each, for ranking parts too: shapes' damages differ by tenths of a nat. The
+one that is taken is cut anew, by all of the text."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def least_damaged(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = open_teacher(folder, teacher, options.teacher_precision, device).model
-    calibration = calibration_text(rows, options, device)
-    judging, known = calibration[:JUDGING_BATCHES], dict[tuple[str, ...], Parts]()
+    judging = calibration_text(rows, options, device)[:JUDGING_BATCHES]
+    leaving, known = _leaving(model, teacher, shapes, judging, options), dict[tuple[str, ...], Parts]()
     found = []
     with (
         Checkpoint(folder) as checkpoint,
@@ -91,13 +93,31 @@ def least_damaged(
             for shape in tried:
                 layers = tuple(sorted(shape.layer_types))
                 if layers not in known:
-                    known[layers] = rank_parts(source, shape, calibration, options)
+                    gone = None if leaving is None else leaving[: teacher.num_layers - shape.num_layers]
+                    known[layers] = rank_parts(source, shape, judging, options, gone)
                 made = cut_widths(source, shape, config, known[layers])
                 kl = _damage(made.model.to(device), made.shape, model, judging, whole)
                 trials.append(Trial(shape, kl))
                 progress.advance(note=f"KL {kl:.3f}")
             found.append(tuple(sorted(trials, key=lambda trial: trial.kl)))
     return found
+
+
+def _leaving(
+    model: Any,
+    teacher: ModelShape,
+    shapes: Sequence[Sequence[ModelShape]],
+    batches: list[Batch],
+    options: DistillOptions,
+) -> list[tuple[int, float | None]] | None:
+    """The layers that the shallowest shape loses, in the order of leaving: deeper ones lose the first of them.
+
+    None where layers differ in kind, so that what leaves depends on the shape, or are not ranked so.
+    """
+    if options.layers != "damage" or len(set(teacher.layer_types)) > 1:
+        return None
+    shallowest = min((shape for tried in shapes for shape in tried), key=lambda shape: shape.num_layers)
+    return [*layers_to_drop(model, teacher, shallowest, batches)]
 
 
 def _damage(
