@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from nano.checkpoint import Checkpoint
 from nano.demo.assets import recipe_path, teacher_folder
 from nano.demo.tasks import demo_tasks
+from nano.demo.teacher_data import TeacherOptions
 from nano.demo.telling import creature_questions, person_questions
 from nano.demo.text import CAPABILITIES, SEED, documents, text_hash
 from nano.demo.world import make_world
@@ -69,6 +71,11 @@ def test_what_ships_is_small(teacher: Path) -> None:
 def test_weights_and_text_belong_together(record: dict[str, Any]) -> None:
     assert record["options"]["seed"] == SEED
     assert text_hash(SEED) == record["text_sha256"]
+
+
+def test_one_run_by_the_defaults_made_it(record: dict[str, Any]) -> None:
+    assert record["options"] == asdict(TeacherOptions())
+    assert record["parts"] == [[0, TeacherOptions().steps]]
 
 
 def test_shape_fits_int4_kernels(teacher: Path) -> None:
