@@ -2,7 +2,7 @@
 
 A formula over dimensions (`nano.solve`) cannot know what a teacher's heads or layers do. The damage right after the
 cut can, and foretells what training leaves of it (as Minitron's search, arXiv 2407.14679, section 4.4, which trains its
-candidates briefly). The demo's teacher (1.9 M parameters, 6 heads) cut to 1.03 M in seven ways, 100 steps each:
+candidates briefly). The demo's teacher (1.9 M parameters, 6 heads) cut to 1.03 M in six ways, 100 steps each:
 
     width, feed-forward, layers, query heads    KL after the cut    after training    answers right
     192, 160, 4, 6                              0.21                0.031             0.89
