@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,11 +129,10 @@ def solve_student(teacher: ModelShape, size: str | SizeTarget) -> ModelShape:
             todo="ask for a smaller student, or take a larger teacher",
         )
     layouts = list(_layouts(teacher, target))
-    off = {layout: abs(layout.parameters - target.parameters) / target.parameters for layout in layouts}
-    right = [layout for layout in layouts if off[layout] <= target.tolerance]
+    right = _gentlest_first(layouts, target)
     if right:
-        weight = DEVIATION_WEIGHT / target.tolerance**2
-        return _shaped(teacher, min(right, key=lambda x: (x.cost + weight * off[x] ** 2, x.layers, x.hidden, x.ffn)))
+        return _shaped(teacher, right[0])
+    off = {layout: abs(layout.parameters - target.parameters) / target.parameters for layout in layouts}
     allowed = target.tolerance if target.name in NANO else LIMIT_OF_NEAREST
     nearest = min(layouts, key=lambda x: (off[x], x.cost), default=None)
     if nearest is None or off[nearest] > allowed:
@@ -150,17 +149,18 @@ def solve_shapes(teacher: ModelShape, size: str, count: int) -> list[ModelShape]
         RequestError: as `solve_student`.
     """
     target, first = parse_size(size), solve_student(teacher, size)
+    found: dict[tuple[int, int, int], _Layout] = {}
+    for layout in _gentlest_first(_layouts(teacher, target), target):
+        found.setdefault((layout.layers, layout.hidden, layout.kv_heads), layout)
+    return [_shaped(teacher, layout) for layout in found.values()][:count] or [first]
+
+
+def _gentlest_first(layouts: Iterable[_Layout], target: SizeTarget) -> list[_Layout]:
+    """Those whose count is right, ranked."""
+    off = {layout: abs(layout.parameters - target.parameters) / target.parameters for layout in layouts}
     weight = DEVIATION_WEIGHT / target.tolerance**2
-    found: dict[tuple[int, int, int], tuple[float, _Layout]] = {}
-    for layout in _layouts(teacher, target):
-        off = abs(layout.parameters - target.parameters) / target.parameters
-        key = (layout.layers, layout.hidden, layout.kv_heads)
-        rank = (layout.cost + weight * off**2, layout)
-        if off <= target.tolerance and (key not in found or rank[0] < found[key][0]):
-            found[key] = rank
-    ranked = sorted(found.items(), key=lambda entry: (entry[1][0], entry[0]))
-    shapes = [_shaped(teacher, layout) for _key, (_rank, layout) in ranked]
-    return [first, *(shape for shape in shapes if shape != first)][:count]
+    right = (layout for layout in off if off[layout] <= target.tolerance)
+    return sorted(right, key=lambda x: (x.cost + weight * off[x] ** 2, x.layers, x.hidden, x.ffn))
 
 
 def solve_between(teacher: ModelShape, student: ModelShape, parameters: int) -> ModelShape | None:

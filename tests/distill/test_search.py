@@ -84,7 +84,7 @@ def test_the_command_line_takes_it(nanokit: Callable[..., Any], stories: Path, t
     assert "--shapes is out of range" in ran.stderr
 
 
-def test_the_report_shows_what_was_tried(searched: Path, stories: Path, text: Path) -> None:
+def test_the_report_shows_what_was_tried(searched: Path) -> None:
     page = (searched / "report.html").read_text()
     assert "Which shape" in page
     for trial in read_manifest(searched).results["shapes"]:
