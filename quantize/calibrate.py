@@ -84,5 +84,5 @@ def draw_training_windows(
             f"{steps} steps see each of the text's {len(windows.ids):,} windows {count / len(windows.ids):.0f} times: "
             f"the result may fit this text more than the model's use; give more --data, or lower --steps"
         )
-    record = {"windows": len(windows.ids), "tokens": tokens, "steps": steps}
+    record = {"windows": len(windows.ids), "tokens": tokens, "steps": steps, "rate": options.rate}
     return Calibration(windows, record, tokenizer.text_ids())

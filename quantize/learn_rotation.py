@@ -18,7 +18,7 @@ groups, P query heads of a key/value head, A head width, g group size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,18 +127,22 @@ class Linears:
         return found
 
 
-def learned_rotation(student: Student, grids: Mapping[str, Grid], calibration: Calibration, seed: int) -> Rotation:
-    """Learn R2 of every layer, then, where the family can have it, R1.
+def learned_rotation(
+    student: Student, grids: Mapping[str, Grid], calibration: Calibration, seed: int, residual: bool = True
+) -> Rotation:
+    """Learn R2 of every layer, then, where it is asked for and the family can have it, R1.
 
     Args:
         student: the float student.
         grids: what goes on which grid; linears on none do not count.
         calibration: windows of token ids; the float model runs them once.
         seed: of the Hadamard matrices to start from.
+        residual: whether R1 is wanted.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    start, shape = hadamard_rotation(student, seed), student.shape
-    folded = student if start.residual_DD is None else fold_norms(student)
+    start, shape = hadamard_rotation(student, seed, residual), student.shape
+    turned = start.residual_DD is not None
+    folded = fold_norms(student) if turned else student
     hidden = embed(folded, [torch.from_numpy(window) for window in calibration.windows.ids])
     stride = math.ceil(shape.num_layers / SAMPLED_LAYERS)
     heads: list[torch.Tensor] = []
@@ -149,9 +153,9 @@ def learned_rotation(student: Student, grids: Mapping[str, Grid], calibration: C
             stream = Stream(load_layer(folded, layer, device), hidden, device)
             own = {name.removeprefix(layer_prefix(layer)): grid for name, grid in grids.items()}
             weights = {name: stream.linear(name).weight.detach() for name in LAYER_LINEARS}
-            linears = Linears(weights, _moments(stream), own)
+            linears = Linears(weights, _moments(stream, LAYER_LINEARS if turned else (V_PROJ, O_PROJ)), own)
             heads.append(learn_heads(linears, start.heads_LGAA[layer].to(device)))
-            if start.residual_DD is not None and layer % stride == 0:
+            if turned and layer % stride == 0:
                 readers += linears.readers(heads[-1])
                 writers += linears.writers(heads[-1])
             advance(stream.model, hidden, device)
@@ -162,12 +166,13 @@ def learned_rotation(student: Student, grids: Mapping[str, Grid], calibration: C
     return Rotation(residual_DD, torch.stack(heads).cpu())
 
 
-def _moments(stream: Stream) -> dict[str, torch.Tensor]:
-    """Mean x x^T of the inputs of each of the layer's linears, of which attention's are gone afterwards."""
+def _moments(stream: Stream, wanted: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Mean x x^T of the inputs of some of the layer's linears, of which attention's are gone afterwards."""
     found = {}
     for together in SHARED_INPUTS:
-        total = measure_inputs(stream, together[0])
-        found.update(dict.fromkeys(together, total.outer_KK / max(total.positions, 1)))
+        if set(together) & set(wanted):
+            total = measure_inputs(stream, together[0])
+            found.update(dict.fromkeys(together, total.outer_KK / max(total.positions, 1)))
         if together == (O_PROJ,):
             pass_attention(stream.model, stream.hidden, stream.attended, stream.device)
     return found

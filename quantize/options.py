@@ -54,8 +54,9 @@ class QuantizeOptions:
         samples: calibration windows; 0 means 128, and 32 for fast.
         length: tokens a calibration window holds.
         rotation: fold rotations into the weights before any method, the same function on a basis that int4 suits
-            better: "hadamard", or "learned" on calibration text. A tied head gets weights of its own by it. "auto"
-            learns one for best and recover where the head has weights of its own already.
+            better: "hadamard", or "learned" on calibration text, of the residual stream and of attention's values. A
+            tied head gets weights of its own by it. "heads" learns that of the values alone, and the head stays tied.
+            "auto", for best and recover, is "learned" where the head has weights of its own already, else "heads".
         awq: fold channel scales searched on calibration text into the weights before any method.
         seed: which windows are drawn, and which rotation is taken.
         damping: share of the mean curvature added to every input channel before the solve.
@@ -64,7 +65,7 @@ class QuantizeOptions:
         window: tokens a training window holds.
         learning_rate: how far a weight may move in a training step, in codes; 0 means 0.01, for recover 0.006.
         noise: share of windows of --data of which a part is replaced by other tokens, which keeps the model near the
-            original on text unlike --data, and costs little on text like it.
+            original on text unlike --data, and costs little on text like it. Training gives it up towards its end.
         cross_entropy: weight of the text's own next tokens beside the original's answers in training (best, recover);
             more makes the model fit --data, and leaves the original.
     """
@@ -79,7 +80,7 @@ class QuantizeOptions:
     bits_budget: float = 0.0
     profile: str = ""
     context: int = 0
-    rotation: Literal["auto", "none", "hadamard", "learned"] = "auto"
+    rotation: Literal["auto", "none", "heads", "hadamard", "learned"] = "auto"
     awq: Annotated[bool, Parameter(negative=())] = False
     samples: int = 0
     length: int = 256
@@ -126,7 +127,7 @@ class QuantizeOptions:
     @property
     def reads_text(self) -> bool:
         """Whether the float model must be run on text."""
-        return self.method != "rtn" or self.awq or self.rotation == "learned"
+        return self.method != "rtn" or self.awq or self.rotation in ("heads", "learned")
 
     @property
     def windows(self) -> int:

@@ -103,7 +103,8 @@ def recover(
     before = mean_kl(teacher, model, judging)
     if ids_U is None:
         ids_U = torch.cat([window[1:] for window in windows]).unique()  # type: ignore[no-untyped-call]
-    stream = noised(_endless(training, options.seed), ids_U, options.noise, options.seed)
+    endless = _endless(training, options.seed)
+    stream = noised(endless, ids_U, options.noise, options.seed, falls_to=steps * options.batch)
     _train(teacher, model, stream, steps, options, journal, tables)
     harden(model, 1.0)
     kept = _as_stored(floats, student, tables)

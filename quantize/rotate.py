@@ -46,10 +46,11 @@ class Rotation:
     heads_LGAA: torch.Tensor
 
 
-def hadamard_rotation(student: Student, seed: int) -> Rotation:
-    """Randomised Hadamard matrices for a student; R1 only where its family can have it."""
+def hadamard_rotation(student: Student, seed: int, residual: bool = True) -> Rotation:
+    """Randomised Hadamard matrices for a student; R1 only where it is asked for and the family can have it."""
     generator, shape = torch.Generator().manual_seed(seed), student.shape
-    residual_DD = randomised_hadamard(shape.hidden_size, generator) if can_turn_residual(student) else None
+    turned = residual and can_turn_residual(student)
+    residual_DD = randomised_hadamard(shape.hidden_size, generator) if turned else None
     heads = [randomised_hadamard(shape.head_dim, generator) for _ in range(shape.num_layers * shape.num_kv_heads)]
     heads_LGAA = torch.stack(heads).view(shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.head_dim)
     return Rotation(residual_DD, heads_LGAA)

@@ -260,6 +260,6 @@ def _who_reads(options: QuantizeOptions) -> str:
     """The option that makes calibration text necessary."""
     if options.method != "rtn":
         return f"--method {options.method}"
-    if options.awq or options.rotation == "learned":
-        return "--awq" if options.awq else "--rotation learned"
+    if options.awq or options.rotation in ("heads", "learned"):
+        return "--awq" if options.awq else f"--rotation {options.rotation}"
     return "--bits-budget" if options.bits_budget else "--profile"

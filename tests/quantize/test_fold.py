@@ -13,6 +13,7 @@ import torch
 from nano.errors import RequestError
 from nano.manifest import read_manifest
 from nano.torch_lm import load_float
+from quantize.fold import with_rotation
 from quantize.lm import load_dequantised
 from quantize.options import QuantizeOptions
 from quantize.packed import Int4Checkpoint
@@ -74,6 +75,39 @@ def test_everything_at_once_is_near_the_float_model_and_recorded(
     assert manifest.data["windows"] == 6
 
 
+@pytest.mark.parametrize(
+    ("family", "tied", "method", "decided"),
+    [
+        ("llama", True, "recover", "heads"),
+        ("llama", False, "best", "learned"),
+        ("gemma3_text", False, "best", "heads"),
+        ("llama", False, "gptq", "none"),
+    ],
+)
+def test_what_a_rotation_is_by_default(
+    family: str, tied: bool, method: Any, decided: str, tiny_model: Callable[..., Path]
+) -> None:
+    folder = tiny_model(family, tie_word_embeddings=tied)
+    assert with_rotation(folder, QuantizeOptions(method)).rotation == decided
+    assert with_rotation(folder, QuantizeOptions(method, rotation="none")).rotation == "none"
+
+
+@pytest.mark.parametrize("method", ["rtn", "recover"])
+def test_values_alone_are_turned_and_a_tied_head_stays_tied(
+    method: Any, tiny_model: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """The recover of one step also sorts channels; both are folded into what it is compared with."""
+    folder = tiny_model("llama", intermediate_size=88)
+    options = QuantizeOptions(method, rotation="heads", samples=6, length=40, steps=1)
+    manifest = run_quantize(folder, [text], tmp_path / "out", options)
+    assert manifest.results["rotation"] == {"kind": "heads", "residual": False}
+    ids_BT = torch.randint(3, 300, (2, 30))
+    with Int4Checkpoint(tmp_path / "out") as checkpoint, torch.no_grad():
+        assert checkpoint.shape.tied
+        found, expected = load_dequantised(checkpoint)(ids_BT).logits, load_float(folder)(ids_BT).logits
+        assert float((found - expected).norm() / expected.norm()) < 0.2
+
+
 def test_what_was_folded_is_kept_when_a_run_is_stopped(
     tiny_model: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,9 +128,9 @@ def test_what_was_folded_is_kept_when_a_run_is_stopped(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-@pytest.mark.parametrize("options", [{"method": "awq"}, {"awq": True}, {"rotation": "learned"}])
+@pytest.mark.parametrize("options", [{"method": "awq"}, {"awq": True}, {"rotation": "learned"}, {"rotation": "heads"}])
 def test_text_that_is_missing_is_said(options: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    named = "--method awq|--awq" if "rotation" not in options else "--rotation learned"
+    named = "--method awq|--awq" if "rotation" not in options else f"--rotation {options['rotation']}"
     with pytest.raises(RequestError, match=named):
         run_quantize(tiny_model("llama"), [], tmp_path / "out", QuantizeOptions(**{"method": "rtn", **options}))
     assert list(tmp_path.iterdir()) == []

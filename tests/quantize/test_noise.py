@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from nano.tokens import load_tokenizer
@@ -30,6 +31,12 @@ def test_a_share_of_the_windows_evenly_spread_and_a_part_of_their_ids() -> None:
     assert shares != changed_shares(windows, 0.25, 1)
     assert not any(changed_shares(windows, 0.0, 0))
     assert all(changed_shares(windows, 1.0, 0))
+
+
+def test_noise_falls_to_none_over_the_last_windows() -> None:
+    found = [noise for _, noise in noised([torch.arange(3, 40)] * 1000, torch.arange(3, 500), 0.4, 0, falls_to=1000)]
+    assert sum(found[:700]) == 280
+    assert [sum(found[i : i + 100]) for i in (700, 800, 900)] == pytest.approx([33, 20, 7], abs=2)
 
 
 def test_ids_are_those_given_and_the_beginning_stays() -> None:

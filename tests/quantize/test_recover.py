@@ -22,6 +22,7 @@ from quantize.recipe import Grid
 from quantize.recover import _decay, loss_sums, recover
 from quantize.rtn import round_to_nearest
 from quantize.run import run_quantize
+from quantize.sorting import sorted_channels
 from quantize.student import Student
 from quantize.trainable import TrainableLinear
 
@@ -136,7 +137,8 @@ def test_what_training_found_is_what_transformers_loads(stories: Path, tinystori
     with Int4Checkpoint(tmp_path / "best") as checkpoint, torch.no_grad():
         assert len(checkpoint.modules) == 35
         norm, before = checkpoint.dense("model.norm.weight"), load_float(stories).model.norm.weight
-        assert 0 < float((norm - before).abs().max()) < 0.1
+        # the stream's dimensions are sorted
+        assert 0 < float((norm.sort().values - before.sort().values).abs().max()) < 0.1
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "best")(ids).logits
         assert torch.equal(load_dequantised(checkpoint)(ids).logits, theirs)
 
@@ -145,7 +147,7 @@ def test_float_tables_train_in_their_stored_type_and_stay_tied(tiny_model: Calla
     text = some_sentences(tmp_path)
     folder = tiny_model("llama", tie_word_embeddings=True, initializer_range=0.2)
     with Student(folder, 32) as student:
-        weight_VD = student.tensor(EMBEDDING + ".weight")
+        weight_VD = sorted_channels(student).tensor(EMBEDDING + ".weight")
     options = QuantizeOptions(
         "recover", steps=30, batch=4, window=32, samples=4, length=32, learning_rate=0.02, noise=0, cross_entropy=0
     )
