@@ -19,7 +19,7 @@ from distill.match import states_and_layers
 from distill.models import head_weight, hidden_states
 from nano.errors import UnsupportedError, require_module
 from nano.shapes import ModelShape
-from nano.torch_lm import load_float
+from nano.torch_lm import check_finite, load_float
 
 
 class Teacher(Protocol):
@@ -94,8 +94,8 @@ def open_teacher(folder: Path, shape: ModelShape, precision: str, device: str) -
 
 
 def _load_bitsandbytes(folder: Path, precision: str, device: str) -> Any:
-    require_module("bitsandbytes", "gpu")
-    require_module("accelerate", "gpu")
+    require_module("bitsandbytes", "bnb")
+    require_module("accelerate", "bnb")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -115,4 +115,5 @@ def _load_bitsandbytes(folder: Path, precision: str, device: str) -> Any:
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} (on {device})",
             todo="use a CUDA GPU, or --teacher-dtype bfloat16",
         ) from None
+    check_finite(model, folder)
     return model

@@ -7,6 +7,7 @@ shard at a time. Truncated or foreign files are found at opening, before any wor
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nano.errors import BadFileError
 from nano.families import weight_shapes
+from nano.model_files import read_json_object, refuse_pointer
 from nano.shapes import ModelShape
 
 if TYPE_CHECKING:
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 1 << 30
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of tensors that a float model may have, as safetensors names them."""
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class Checkpoint:
@@ -42,6 +49,7 @@ class Checkpoint:
         self._stack = ExitStack()
         self._home: dict[str, Any] = {}
         for path in _shards(self.folder):
+            refuse_pointer(path)
             try:
                 shard = self._stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError, ValueError) as error:
@@ -87,23 +95,31 @@ class Checkpoint:
         return self._home[name].get_slice(name)
 
     def check(self, shape: ModelShape) -> None:
-        """Every tensor of `shape` is there with its dimensions; extra ones do not matter.
+        """Every tensor of `shape` is there with its dimensions, in a float type, and no bias or layer beyond it.
 
         Raises:
-            BadFileError: names the first that is missing or of another size, and how many.
+            BadFileError: names the first that does not fit, and how many.
         """
-        wrong = []
+        wrong: list[tuple[str, str, str]] = []
         for name, expected in weight_shapes(shape).items():
             if name not in self:
-                wrong.append((name, "nothing", expected))
+                wrong.append((name, "nothing", str(list(expected))))
             elif self.size(name) != expected:
-                wrong.append((name, str(list(self.size(name))), expected))
+                wrong.append((name, str(list(self.size(name))), str(list(expected))))
+            elif (kind := self._slice(name).get_dtype()) not in FLOATS:
+                raise BadFileError(
+                    f"'{name}' is not stored in floating point that can be trained on.",
+                    found=f"{kind} in {self.folder}",
+                    expected=f"one of {', '.join(FLOATS)}",
+                    todo="name the float model that it was made from",
+                )
+        wrong += [(name, str(list(self.size(name))), "nothing") for name in self.names() if _is_beyond(name, shape)]
         if wrong:
-            name, found, expected = wrong[0]
+            name, found, wanted = wrong[0]
             raise BadFileError(
                 f"{len(wrong)} of the model's weights do not fit its config.json; the first is '{name}'.",
                 found=f"{found} in {self.folder}",
-                expected=str(list(expected)),
+                expected=wanted,
                 todo="make sure config.json and the safetensors come from the same model",
             )
 
@@ -123,30 +139,44 @@ class Checkpoint:
         self.close()
 
 
+def _is_beyond(name: str, shape: ModelShape) -> bool:
+    """Whether a tensor is a layer's that the shape has not, or a bias: left out, the model would be another one."""
+    layer = LAYER.match(name)
+    return layer is not None and (int(layer[1]) >= shape.num_layers or name.endswith("_proj.bias"))
+
+
 def _shards(folder: Path) -> list[Path]:
+    """The weight files that transformers would take: the single one, else those of the index."""
     if not folder.is_dir():
         raise BadFileError("There is no such model folder.", found=str(folder), todo="check the path")
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BadFileError("The weight index cannot be read.", found=f"{index}: {error!r}") from None
-        paths = [folder / Path(str(name)).name for name in names]
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
+    index, paths = folder / INDEX, [folder / SINGLE]
+    if not paths[0].is_file() and index.is_file():
+        homes = read_json_object(index).get("weight_map")
+        if not isinstance(homes, dict) or not homes or not all(isinstance(home, str) for home in homes.values()):
+            raise BadFileError(
+                "The weight index cannot be read.", found=str(index), expected="a weight_map from tensor to file"
+            )
+        paths = [folder / Path(name).name for name in sorted(set(homes.values()))]
     missing = [path.name for path in paths if not path.is_file()]
-    if missing or not paths:
-        pickled = list(folder.glob("*.bin"))
+    if missing:
         raise BadFileError(
             "The model's weights are missing.",
-            found=f"no {missing[0]} in {folder}" if missing else f"no *.safetensors in {folder}",
-            expected="model.safetensors, or its shards and their index",
-            todo="convert the *.bin files with save_pretrained(safe_serialization=True)"
-            if pickled
-            else "copy the model again",
+            found=f"no {missing[0]} in {folder}",
+            expected=f"{SINGLE}, or its shards and {INDEX}",
+            todo=_instead(folder),
         )
     return paths
+
+
+def _instead(folder: Path) -> str:
+    """What to do about missing weights, by what lies there."""
+    if any(folder.glob("*.bin")):
+        return (
+            "convert the *.bin files: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), transformers 5"
+        )
+    if any(folder.glob("*.safetensors")):
+        return f"copy {INDEX} too: it says which file holds what"
+    return "copy the model again"
 
 
 class CheckpointWriter:

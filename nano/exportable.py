@@ -37,7 +37,7 @@ def obstacle(config: Mapping[str, Any], family: Family) -> Obstacle | None:
     activation = config.get("hidden_activation") or config.get("hidden_act") or family.activation
     if activation != family.activation:
         return Obstacle("This model's activation is not supported.", str(activation), family.activation)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # in the order of transformers 5
     kinds = rope.items() if rope and all(isinstance(value, Mapping) for value in rope.values()) else [("", rope)]
     for kind, one in kinds:
         rope_type = one.get("rope_type") or one.get("type") or "default"

@@ -24,6 +24,13 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file() and _begins(folder, b"GGUF"):
+        raise BadFileError(
+            "GGUF files are not read.",
+            found=str(folder),
+            expected="a Hugging Face model: config.json, *.safetensors and a tokenizer",
+            todo="name the folder or hub id of the float model that it was made from",
+        )
     if folder.exists():
         raise BadFileError(
             "A model is a folder; this is a file.",
@@ -45,3 +52,8 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
             found=f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             todo="check the path; for a gated or private model run `hf auth login` first",
         ) from None
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic

@@ -5,7 +5,6 @@ Nothing here imports torch: a shape is known, checked and counted before anythin
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from nano.errors import BadFileError, UnsupportedError
 from nano.families import family_of, linear_shapes, weight_shapes
+from nano.model_files import read_json_object, refuse_adapter
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -129,7 +129,10 @@ class ModelShape:
         heads, hidden, layers = (
             int(_number(config, k)) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
         )
-        head_dim = config.get("head_dim") or family.head_dim_default or hidden // max(heads, 1)
+        head_dim = config.get("head_dim")
+        if head_dim is None:
+            head_dim = family.head_dim_default or hidden // max(heads, 1)
+        _check_numbers(config)
         layer_types = _layer_types(config, layers)
         return cls(
             family=family.model_type,
@@ -194,10 +197,36 @@ def _number(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """What is no dimension and yet a number that the model computes with.
+
+    Raises:
+        BadFileError: a key is there, and its value is no positive number.
+    """
+    for key in ("rms_norm_eps", "rope_theta"):
+        value = config.get(key, 1.0)
+        if value is None and key == "rope_theta":  # transformers 5 keeps it in rope_parameters
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise BadFileError(
+                "config.json has an unusable value.", found=f"{key} = {value!r}", expected="a positive number"
+            )
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise BadFileError(
+                "config.json has an unusable value.", found=f"{key} = {config[key]!r}", expected="an object, or null"
+            )
+
+
 def _layer_types(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     """Which layers slide: as listed, or by Gemma's older `sliding_window_pattern` (every n-th layer is full)."""
-    if config.get("layer_types"):
-        return tuple(str(kind) for kind in config["layer_types"])
+    listed = config.get("layer_types")
+    if listed:
+        if not isinstance(listed, list):
+            raise BadFileError(
+                "config.json has an unusable value.", found=f"layer_types = {listed!r}", expected="a list, one a layer"
+            )
+        return tuple(str(kind) for kind in listed)
     if config.get("model_type") == "gemma3_text":
         pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
         return tuple(FULL if (i + 1) % pattern == 0 else SLIDING for i in range(layers))
@@ -211,21 +240,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder as a dictionary.
 
     Raises:
-        BadFileError: the folder or the file is missing, or the file is not JSON.
+        BadFileError: the folder or the file is missing, the file is not JSON, or the folder holds an adapter.
     """
     path = folder / "config.json"
     if not folder.is_dir():
         raise BadFileError("There is no such model folder.", found=str(folder), todo="check the path")
+    refuse_adapter(folder)
     if not path.is_file():
+        others = sorted(entry.name for entry in folder.glob("*.gguf"))
         raise BadFileError(
             "This folder is not a Hugging Face model.",
-            found=f"no config.json in {folder}",
+            found=f"no config.json in {folder}" + (f", but {others[0]}" if others else ""),
             expected="config.json, *.safetensors and a tokenizer, as save_pretrained writes them",
+            todo="name the folder of the float model that the GGUF file was made from" if others else None,
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadFileError("config.json is not valid JSON.", found=f"{path}: {error}") from None
-    if not isinstance(config, dict):
-        raise BadFileError("config.json is not a JSON object.", found=f"{path}: {type(config).__name__}")
-    return config
+    return read_json_object(path)

@@ -6,7 +6,6 @@ Ids that begin and end a text come from the configs beside it, never from a gues
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nano.chat import ChatTemplate
 from nano.errors import BadFileError, RequestError
+from nano.model_files import read_json_object, refuse_pointer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -97,6 +97,7 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> TextTokenizer
     from tokenizers import Tokenizer
 
     path = folder / FILE
+    refuse_pointer(path)
     if path.is_file():
         try:
             backend = Tokenizer.from_file(str(path))
@@ -138,21 +139,15 @@ def _converted(folder: Path) -> Tokenizer:
     except Exception as error:  # transformers raises many kinds; all mean the same here
         raise BadFileError(
             "The model folder has no usable tokenizer.",
-            found=f"{folder}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            expected="tokenizer.json",
+            found=f"no {FILE} in {folder}, and transformers makes none of the other files ({type(error).__name__})",
+            expected=FILE,
             todo="copy the tokenizer files of the model into the folder",
         ) from None
     return backend
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadFileError(f"{path.name} is not valid JSON.", found=f"{path}: {error}") from None
-    return loaded if isinstance(loaded, dict) else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _token_id(backend: Tokenizer, token: Any) -> int | None:
@@ -186,9 +181,14 @@ def _bos_id(backend: Tokenizer, special: dict[str, Any], model: dict[str, Any]) 
 
 def _eos_ids(backend: Tokenizer, special: dict[str, Any], model: dict[str, Any]) -> tuple[int, ...]:
     found = model.get("eos_token_id")
-    if isinstance(found, int):
-        return (found,)
-    if isinstance(found, list):
-        return tuple(int(i) for i in found)
+    if found is not None:
+        ids = found if isinstance(found, list) else [found]
+        if not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise BadFileError(
+                "The model's configuration has an unusable value.",
+                found=f"eos_token_id = {found!r}",
+                expected="a token's id or a list of them, in generation_config.json or config.json",
+            )
+        return tuple(ids)
     one = _token_id(backend, special.get("eos_token"))
     return () if one is None else (one,)

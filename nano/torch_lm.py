@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -203,7 +203,7 @@ def open_float(folder: Path) -> TorchModel:
 def check_float_folder(folder: Path) -> ModelShape:
     """The shape of a float HF folder whose weights all are there and of the right size."""
     config = read_config(folder)
-    if config.get("quantization_config"):
+    if config.get("quantization_config") is not None:
         raise BadFileError(
             "This needs a float model.",
             found=f"a quantized one in {folder}",
@@ -216,10 +216,58 @@ def check_float_folder(folder: Path) -> ModelShape:
 
 
 def load_float(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The transformers model of a float HF folder, loaded silently."""
+    """The transformers model of a float HF folder, loaded silently.
+
+    Raises:
+        BadFileError: transformers cannot build what config.json says, or a weight holds NaN or infinity.
+    """
+    model = built_from(folder, dtype=dtype)
+    check_finite(model, folder)
+    return model
+
+
+def built_from(folder: Path, **settings: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained` of a local folder, silent, its refusals in our words.
+
+    Raises:
+        BadFileError: transformers cannot build what config.json says.
+    """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, **settings)
+    except (ArithmeticError, AttributeError, KeyError, StrictDataclassError, TypeError, ValueError) as error:
+        raise BadFileError(
+            "transformers cannot build this model.",
+            found=f"{type(error).__name__}: {' '.join(str(error).split())} ({folder})",
+            todo="correct config.json: a value of another type, or of a newer version of transformers",
+        ) from error
+
+
+def check_finite(model: torch.nn.Module, folder: Path) -> None:
+    """Refuse a model of which a weight is NaN or infinite: all that follows would be worthless.
+
+    Raises:
+        BadFileError: names the first such weight, and how many of its numbers.
+    """
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            refuse_not_finite(name, weight, folder)
+
+
+def refuse_not_finite(name: str, tensor: torch.Tensor, folder: Path) -> NoReturn:
+    """The error of a tensor that holds NaN or infinity.
+
+    Raises:
+        BadFileError: always.
+    """
+    bad = int((~torch.isfinite(tensor)).sum())
+    raise BadFileError(
+        f"'{name}' holds numbers that are not finite.",
+        found=f"{bad} of {tensor.numel()} are NaN or infinite, in {folder}",
+        todo="train or convert the model again; a half-precision overflow is the usual cause",
+    )

@@ -11,7 +11,7 @@ import torch
 from nano.families import EMBEDDING, HEAD
 from nano.lm import Activations
 from nano.tokens import load_tokenizer
-from nano.torch_lm import TorchModel
+from nano.torch_lm import TorchModel, check_finite
 from quantize.activations import Int8ActivationLinear, Int8TokenLinear, int8_per_block
 from quantize.packed import Int4Checkpoint
 from quantize.runtimes import onnx_block
@@ -31,6 +31,7 @@ def load_dequantised(checkpoint: Int4Checkpoint) -> Any:
     missing = [name for name in missing if not (checkpoint.shape.tied and name == "lm_head.weight")]
     assert not missing, missing  # weight_shapes and transformers disagree about the family
     assert not unexpected, unexpected
+    check_finite(model, checkpoint.folder)
     return model.eval().requires_grad_(False)
 
 

@@ -212,9 +212,9 @@ def _scheme(config: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     if not isinstance(quantization, dict) or _format_of(quantization) != "pack-quantized":
         raise BadFileError(
             "This is not an int4 folder.",
-            found=f"quantization format {_format_of(quantization)!r} in {folder}",
+            found=f"{_found(quantization)} in {folder}",
             expected="compressed-tensors 'pack-quantized'",
-            todo="run nanokit quantize first",
+            todo="run nanokit quantize on the float model" + ("" if quantization is None else " that it was made from"),
         )
     schemes = [group["weights"] for group in quantization.get("config_groups", {}).values()]
     for weights in schemes:
@@ -239,6 +239,13 @@ def _unpacked_bits(config: dict[str, Any], modules: set[str]) -> dict[str, int]:
             raise BadFileError(f"'{module}' has scales but no codes.", found="no weight_packed, and no config group")
         bits[module] = int(found[0]["weights"]["num_bits"])
     return bits
+
+
+def _found(quantization: Any) -> str:
+    """How a folder is quantized, in the words of its config.json."""
+    if not isinstance(quantization, dict):
+        return "a float model" if quantization is None else f"quantization_config {quantization!r}"
+    return f"quant_method {quantization.get('quant_method')!r}, format {_format_of(quantization)!r}"
 
 
 def _format_of(quantization: Any) -> Any:

@@ -37,10 +37,11 @@ class Student:
 
     def __init__(self, folder: Path, group_size: int) -> None:
         config = read_config(folder)
-        if config.get("quantization_config"):
+        if (done := config.get("quantization_config")) is not None:
+            method = done.get("quant_method") if isinstance(done, dict) else done
             raise BadFileError(
                 "This model is quantized already.",
-                found=str(folder),
+                found=f"{folder}, quant_method {method!r}",
                 expected="a float model",
                 todo="name the folder that nanokit distill wrote, or the original model",
             )
@@ -70,14 +71,11 @@ class Student:
         """
         import torch
 
+        from nano.torch_lm import refuse_not_finite
+
         tensor = self.store.tensor(name)
         if not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise BadFileError(
-                f"'{name}' holds numbers that are not finite.",
-                found=f"{bad} of {tensor.numel()} are NaN or infinite, in {self.folder}",
-                todo="train or convert the model again; a half-precision overflow is the usual cause",
-            )
+            refuse_not_finite(name, tensor, self.folder)
         size = weight_shapes(self.shape)[name]
         if tuple(tensor.shape) == size:
             return tensor

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from nano.checkpoint import INDEX, Checkpoint, CheckpointWriter
+from nano.checkpoint import INDEX, SINGLE, Checkpoint, CheckpointWriter
 from nano.errors import BadFileError
 from nano.families import FAMILIES, weight_shapes
 from nano.shapes import ModelShape, read_config
@@ -77,5 +77,45 @@ def test_weights_that_do_not_fit_the_config_are_counted(tiny_model: Callable[...
 
 def test_pickled_weights_are_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(BadFileError, match="safe_serialization"):
+    with pytest.raises(BadFileError, match="save_pretrained"):
+        Checkpoint(tmp_path)
+
+
+def test_a_folder_without_its_index_says_so(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(BadFileError, match=r"model\.safetensors\.index\.json too"):
+        Checkpoint(tmp_path)
+
+
+def test_the_single_file_is_read_where_other_files_lie_beside_it(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / SINGLE)
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "adapter_model.safetensors"}}))
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.names() == ["a"]
+        assert checkpoint.tensor("a").sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", torch.zeros(64), "q_proj.bias"),
+        ("model.layers.7.input_layernorm.weight", torch.zeros(64), "layers.7"),
+        ("model.norm.weight", torch.zeros(64, dtype=torch.int8), "I8"),
+        ("model.norm.weight", torch.zeros(64, dtype=torch.float8_e4m3fn), "F8_E4M3"),
+    ],
+)
+def test_weights_that_would_be_left_out_or_misread_are_refused(
+    name: str, tensor: torch.Tensor, said: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
+    save_file({**load_file(folder / SINGLE), name: tensor}, folder / SINGLE)
+    shape = ModelShape.from_hf(read_config(folder))
+    with Checkpoint(folder) as checkpoint, pytest.raises(BadFileError, match=said):
+        checkpoint.check(shape)
+
+
+def test_a_git_lfs_pointer_is_no_truncated_file(tmp_path: Path) -> None:
+    (tmp_path / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 9\n")
+    with pytest.raises(BadFileError, match="git lfs pull"):
         Checkpoint(tmp_path)
