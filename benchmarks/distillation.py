@@ -7,6 +7,9 @@ Cases (choose with --cases):
 
 - windows: a random Llama of 30 M, a student of 5 M, batches of 4 windows of 256 tokens without padding, float32.
 - passes: the same, three passes over a text (three epochs are the default of TRL's trainer).
+- stories: the same models, whole documents instead of windows: batches of 8, up to 1,024 tokens each, as TRL's trainer
+  has them by default. Peers pad, as it does; nanokit packs.
+- defaults: the same with three passes, which is that trainer's default too.
 - vocabulary: a vocabulary of 131,072, small widths, batches of 2 windows.
 - quality: TEACHER, a student of 130,000 parameters, everyone for the same CPU seconds on the same stories. nanokit's
   are of its whole stage: with the cut, from weights cut before, and from random ones. Peers, whose are of the
@@ -22,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,20 +37,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from benchmarks.distillation_note import CASES, LABELS, note  # noqa: E402
 from benchmarks.environments import TORCH_INDEX, install, interpreter  # noqa: E402
 from benchmarks.quantization import environment_of, machine  # noqa: E402
 from nano.folder import write_text_atomically  # noqa: E402
 
-CASES = ("windows", "passes", "vocabulary", "quality")
 TOOLS = {"plain": None, "trl": "trl", "modelopt": "modelopt", "nanokit": None}
 """Each tool's environment; None is the Python that runs this."""
-
-LABELS = {"plain": "plain torch loop", "trl": "TRL GKD", "modelopt": "ModelOpt", "nanokit": "nanokit"}
-STARTS = {
-    (True, "pruned"): "cut and trained", (True, "cut"): "from the cut weights", (True, "random"): "from random weights",
-    (False, "pruned"): "from the cut weights", (False, "random"): "from random weights",
-}  # fmt: skip
-"""What a row of quality begins with, by whether it is nanokit's."""
 
 RESULTS = HERE / "distillation.json"
 
@@ -60,10 +55,12 @@ class Setting:
     Attributes:
         teacher, student: (D, F, layers, heads) of a random Llama.
         vocab: V.
-        batch: windows a step.
+        batch: sequences a step.
         passes: over the text.
-        steps: all of them.
         title: what the note says.
+        steps: all of them, of windows; 0 for whole documents.
+        length: T.
+        documents: how many, of whole ones.
     """
 
     teacher: tuple[int, int, int, int]
@@ -71,14 +68,20 @@ class Setting:
     vocab: int
     batch: int
     passes: int
-    steps: int
     title: str
+    steps: int = 0
+    length: int = 256
+    documents: int = 0
 
 
-SMALL = ((512, 1472, 9, 8), (256, 704, 6, 4), 512, 4)
+SMALL = ((512, 1472, 9, 8), (256, 704, 6, 4), 512)
+WINDOWS = "30 M to 5 M, V 512, batch 4 x 256, float32"
+STORIES = "30 M to 5 M, V 512, batch 8 of whole stories up to 1,024 tokens, float32"
 SETTINGS = {
-    "windows": Setting(*SMALL, passes=1, steps=6, title="30 M to 5 M, V 512, batch 4 x 256, float32, one pass"),
-    "passes": Setting(*SMALL, passes=3, steps=6, title="30 M to 5 M, V 512, batch 4 x 256, float32, three passes"),
+    "windows": Setting(*SMALL, 4, passes=1, steps=6, title=f"{WINDOWS}, one pass"),
+    "passes": Setting(*SMALL, 4, passes=3, steps=6, title=f"{WINDOWS}, three passes"),
+    "stories": Setting(*SMALL, 8, passes=1, length=1024, documents=24, title=f"{STORIES}, one pass"),
+    "defaults": Setting(*SMALL, 8, passes=3, length=1024, documents=24, title=f"{STORIES}, three passes"),
     "vocabulary": Setting((128, 384, 2, 2), (64, 192, 2, 2), 131_072, 2, passes=1, steps=3,
                           title="17 M to 8 M, V 131,072, batch 2 x 256, float32"),
 }  # fmt: skip
@@ -142,7 +145,7 @@ def make_random(place: Place, name: str, dims: tuple[int, int, int, int], vocab:
     width, inner, layers, heads = dims
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512, bos_token_id=1,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=1024, bos_token_id=1,
         eos_token_id=2, pad_token_id=0, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(seed)
@@ -173,6 +176,16 @@ def write_windows(ids: Any, count: int, out: Path) -> Path:
     return out
 
 
+def write_documents(place: Place, documents: Sequence[Any], length: int) -> Path:
+    """Whole documents, cut off at `length` ids."""
+    import numpy as np
+
+    texts = [tokenised(place, [text])[:length] for text in documents]
+    out = place.work / "text.npz"
+    np.savez(out, ids=np.concatenate(texts), sizes=np.array([len(ids) for ids in texts]))
+    return out
+
+
 def measure_throughput(place: Place, case: str, repeat: int, tools: Sequence[str]) -> dict[str, Any]:
     """Tokens per CPU second and memory of each tool; medians, and of each turn the ratio to nanokit's."""
     from nano.corpus import read_documents
@@ -180,14 +193,18 @@ def measure_throughput(place: Place, case: str, repeat: int, tools: Sequence[str
     setting = SETTINGS[case]
     teacher = make_random(place, "teacher", setting.teacher, setting.vocab, 0)
     student = make_random(place, "student", setting.student, setting.vocab, 1)
-    ids = tokenised(place, read_documents([place.data])[:400])
-    text = write_windows(ids, setting.steps * setting.batch // setting.passes, place.work / "text.npz")
+    if setting.documents:
+        text = write_documents(place, read_documents([place.data])[: setting.documents], setting.length)
+    else:
+        ids = tokenised(place, read_documents([place.data])[:400])
+        text = write_windows(ids, setting.steps * setting.batch // setting.passes, place.work / "text.npz")
     runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in tools}
     for _ in range(repeat):
         for tool in tools:
             found = run_job(
                 place, tool, teacher=str(teacher), student=str(student), text=str(text), steps=setting.steps,
-                seconds=0, batch=setting.batch, length=LENGTH, rate=1e-3,
+                seconds=0, batch=setting.batch, length=setting.length, rate=1e-3,
+                passes=setting.passes if setting.documents else 0,
             )  # fmt: skip
             if found:
                 runs[tool].append({**found, "rate": found["tokens"] / found["cpu_seconds"]})
@@ -278,74 +295,6 @@ def score(place: Place, student: Path, held: Path, tokens: int = 32768) -> dict[
         "cross_entropy": found.ce / found.tokens, "kl": found.kl / found.tokens, "top1": found.same / found.tokens,
         "teacher_cross_entropy": found.teacher_ce / found.tokens, "held_out_tokens": found.tokens,
     }  # fmt: skip
-
-
-def aligned(cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) + " |" for line in cells]  # noqa: E501  # fmt: skip
-    rule = "|" + "|".join([":" + "-" * (widths[0] + 1), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def throughput_table(found: dict[str, Any]) -> str:
-    """Medians over turns; the ratio is the median of each turn's own."""
-    runs = found["runs"]
-    cells = [["tool", "tokens / CPU s", "nanokit is faster by", "peak RSS MB", "nanokit's share of it"]]
-    for tool, each in runs.items():
-        ours = runs.get("nanokit", each)
-        pairs = list(zip(each, ours, strict=False))
-        faster = statistics.median(b["rate"] / a["rate"] for a, b in pairs)
-        share = statistics.median(b["peak_bytes"] / a["peak_bytes"] for a, b in pairs)
-        rate, peak = (statistics.median(r[key] for r in each) for key in ("rate", "peak_bytes"))
-        cells.append([LABELS[tool], f"{rate:,.0f}", f"{faster:.2f} x", f"{peak / 1e6:,.0f}", f"{share:.2f}"])
-    return aligned(cells)
-
-
-def quality_table(found: dict[str, Any]) -> str:
-    """Lowest loss first."""
-    cells = [["student", "cross-entropy", "KL to teacher", "same top token", "tokens seen", "CPU s"]]
-    for row in sorted(found["rows"], key=lambda row: float(row["cross_entropy"])):
-        what = "cross-entropy alone" if row["loss"] == "ce" else LABELS[row["tool"]]
-        figures = [f"{row['cross_entropy']:.4f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}"]
-        cells.append(
-            [
-                f"{what}, {STARTS[row['tool'] == 'nanokit', row['start']]}",
-                *figures,
-                f"{row['tokens']:,}",
-                f"{row['cpu_seconds']:.1f}",
-            ]
-        )
-    for start, floor in found["floor"].items():
-        figures = [f"{floor['cross_entropy']:.4f}", f"{floor['kl']:.4f}", f"{floor['top1']:.1%}"]
-        cells.append([f"untrained, {start}", *figures, "0", ""])
-    return aligned(cells)
-
-
-def note(kept: dict[str, Any]) -> str:
-    """benchmarks/distillation.md of all cases that were ever kept."""
-    lines = ["# Distillation by nanokit and by its peers", ""]
-    for case in CASES:
-        if case not in kept:
-            continue
-        found = kept[case]
-        where = found["machine"]
-        table = quality_table(found) if case == "quality" else throughput_table(found)
-        measured = found["rows"] if case == "quality" else [each[0] for each in found["runs"].values()]
-        versions = sorted({row["version"] for row in measured})
-        lines += [f"## {found['title']}", "", table, ""]
-        if case == "quality" and found["rows"]:
-            row = found["rows"][0]
-            lines += [f"- {row['held_out_tokens']:,} held-out tokens; teacher's cross-entropy {row['teacher_cross_entropy']:.4f}; peak learning rate {found['rate']:g}"]  # noqa: E501  # fmt: skip
-        lines += [
-            f"- {found['date']}, {where['cpu']}, {where['cores']} cores, {where['memory_gb']} GB, load {where['load']} "
-            f"at the start; one thread, {found['repeat']} run(s) of each, in turns",
-            f"- versions: {', '.join(versions)}",
-            f"- `{found['command']}`",
-            *(f"- {remark}" for remark in found.get("remarks", [])),
-            "",
-        ]
-    return "\n".join(lines)
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,11 @@ class Job:
     Attributes:
         teacher, student: HF folders, float32.
         text: an .npz of `ids` (all documents' one behind another) and `sizes`; documents begin with their first id.
-        steps: how many; ignored where `seconds` is given.
+        steps: how many; ignored where `seconds` or `passes` is given.
         seconds: CPU seconds of training after which it stops, or 0.
         batch: B.
         length: T, no document exceeds it.
+        passes: over the text, or 0.
         rate: the peak learning rate.
         loss: "kd" (KL to the teacher alone) or "ce" (no teacher).
         save: a folder for the trained student, or "".
@@ -56,6 +57,11 @@ class Job:
     rate: float
     loss: str = "kd"
     save: str = ""
+    passes: int = 0
+
+    def over(self, sequences: int) -> Job:
+        """The job in steps, where it is in passes over so many sequences."""
+        return replace(self, steps=-(-self.passes * sequences // self.batch)) if self.passes else self
 
 
 def read_job(description: str | None) -> tuple[Job, Path]:
@@ -151,7 +157,8 @@ def train(job: Job, meter: Meter, parameters: list[torch.nn.Parameter], loss_of:
         loss_of: the loss of padded ids (B, T) and of where a token is.
     """
     optimizer = torch.optim.AdamW(parameters, lr=job.rate, weight_decay=0.01)
-    source = batches(documents(job), job.batch)
+    texts = documents(job)
+    job, source = job.over(len(texts)), batches(texts, job.batch)
     with meter.measured():
         while meter.done(job) < 1:
             ids_BT, real_BT = padded(next(source))

@@ -24,18 +24,19 @@ def main() -> None:
     """Pack, train."""
     job, report = read_job(__doc__)
     texts = documents(job)
-    options = DistillOptions(
-        steps=job.steps, batch=job.batch, length=job.length, learning_rate=job.rate, kd=1.0, curves=False
-    )
     config, folder = read_config(Path(job.student)), Path(job.student)
     shape, teacher_shape = ModelShape.from_hf(config), ModelShape.from_hf(read_config(Path(job.teacher)))
     student = new_model(config)
     with Checkpoint(folder) as checkpoint:
         load_weights(student, {name: checkpoint.tensor(name) for name in weight_shapes(shape)})
-    teacher = open_teacher(Path(job.teacher), teacher_shape, options.teacher_precision, "cpu")
+    teacher = open_teacher(Path(job.teacher), teacher_shape, DistillOptions().teacher_precision, "cpu")
     meter = Meter("nanokit", report)
     with tempfile.TemporaryDirectory() as place, meter.measured():
         rows = pack(Windows(tuple(ids.numpy() for ids in texts)), job.length)
+        job = job.over(len(rows))
+        options = DistillOptions(
+            steps=job.steps, batch=job.batch, length=job.length, learning_rate=job.rate, kd=1.0, curves=False
+        )
         state = StateFolder(Path(place) / "state")
         state.start()
         pupil = Pupil(student, shape, state, {}, lambda _: {})

@@ -24,6 +24,8 @@ def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def main() -> None:
     """Train by its trainer; save the student if asked."""
     job, report = read_job(__doc__)
+    texts = documents(job)
+    job = job.over(len(texts))
     meter, waiting = Meter("trl", report), list[int]()
 
     class Counting(TrainerCallback):
@@ -52,7 +54,7 @@ def main() -> None:
         )  # fmt: skip
         trainer = GKDTrainer(
             model=student, teacher_model=load_float(job.teacher), args=config, data_collator=counted,
-            train_dataset=Dataset.from_list([{"input_ids": ids.tolist()} for ids in documents(job)]),
+            train_dataset=Dataset.from_list([{"input_ids": ids.tolist()} for ids in texts]),
             processing_class=AutoTokenizer.from_pretrained(job.student, local_files_only=True),
             callbacks=[Counting()], optimizers=(optimizer, schedule),
         )  # fmt: skip
