@@ -136,9 +136,25 @@ def read_manifest(folder: Path) -> Manifest:
             expected=f"schema_version {SCHEMA_VERSION}, kind one of {', '.join(KINDS)}",
             todo="make it again, or use the nanokit that made it",
         )
+    wrong = next((f.name for f in dataclasses.fields(Manifest) if not _sound(f.name, raw.get(f.name, f.default))), None)
+    if wrong is not None:
+        raise BadFileError(
+            "manifest.json has an unusable value.",
+            found=f"{path}: {wrong} = {str(raw[wrong])[:60]}",
+            todo="make it again, or copy it again",
+        )
     known = {f.name for f in dataclasses.fields(Manifest)}
     raw["command"] = tuple(items(raw.get("command")))
     return Manifest(**{key: value for key, value in raw.items() if key in known})
+
+
+def _sound(field_name: str, value: Any) -> bool:
+    """Whether a field is of the kind that its readers count on; what lies deeper they check themselves."""
+    if value is dataclasses.MISSING or field_name in ("schema_version", "command"):
+        return True
+    if field_name in ("kind", "created"):
+        return isinstance(value, str)
+    return isinstance(value, dict) and (field_name != "files" or all(isinstance(e, dict) for e in value.values()))
 
 
 def has_manifest(folder: Path) -> bool:

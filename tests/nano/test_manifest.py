@@ -58,6 +58,10 @@ def test_history_can_be_walked(tmp_path: Path) -> None:
         '{"kind": "int4"}',
         '{"schema_version": 99, "kind": "int4"}',
         '{"schema_version": 1, "kind": "gguf"}',
+        '{"schema_version": 1, "kind": "int4", "files": []}',
+        '{"schema_version": 1, "kind": "int4", "files": {"a": "abc"}}',
+        '{"schema_version": 1, "kind": "int4", "results": null}',
+        '{"schema_version": 1, "kind": "int4", "created": 5}',
     ],
 )
 def test_a_broken_manifest_is_named(tmp_path: Path, content: str) -> None:
