@@ -104,7 +104,8 @@ def recover(
     if ids_U is None:
         ids_U = torch.cat([window[1:] for window in windows]).unique()  # type: ignore[no-untyped-call]
     endless = _endless(training, options.seed)
-    stream = noised(endless, ids_U, options.noise, options.seed, falls_to=steps * options.batch)
+    falls_to = steps * options.batch if options.method == "recover" else 0
+    stream = noised(endless, ids_U, options.noise, options.seed, falls_to)
     _train(teacher, model, stream, steps, options, journal, tables)
     harden(model, 1.0)
     kept = _as_stored(floats, student, tables)

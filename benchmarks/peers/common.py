@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 GROUP = 32
 BATCH = 8
 """Windows in a batch, for tools that ask."""
@@ -110,15 +111,17 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def save_dense(source: Path, replaced: Mapping[str, torch.Tensor], out: Path) -> None:
-    """Copy a float folder with some tensors replaced, all in float32.
+    """Copy a float folder with some tensors replaced, all in float32; a head that differs from its embedding is untied.
 
     Raises:
         ValueError: a replacement that the source has no place for, or none at all.
     """
     tensors = {name: tensor.float() for name, tensor in tensors_of(source).items()}
+    table = replaced.get(EMBEDDING, tensors[EMBEDDING]).float()
+    untied = HEAD not in tensors and HEAD in replaced and not torch.equal(replaced[HEAD].float(), table)
     for name, tensor in replaced.items():
-        if name == "lm_head.weight" and name not in tensors:
-            continue  # tied: the embedding stands for it
+        if name == HEAD and name not in tensors:
+            continue
         if name not in tensors or tensors[name].shape != tensor.shape:
             raise ValueError(f"{name} {tuple(tensor.shape)} has no place in {source}")
         tensors[name] = tensor.detach().float().contiguous()
@@ -128,6 +131,10 @@ def save_dense(source: Path, replaced: Mapping[str, torch.Tensor], out: Path) ->
     for path in source.iterdir():
         if path.is_file() and not path.name.startswith(("model", "manifest")):
             shutil.copyfile(path, out / path.name)
+    if untied:
+        tensors[HEAD] = replaced[HEAD].detach().float().contiguous()
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        (out / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}), encoding="utf-8")
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 

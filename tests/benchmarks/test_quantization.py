@@ -127,10 +127,20 @@ def test_a_dense_folder_takes_only_what_fits(tiny_model: Callable[..., Path], tm
         common.save_dense(source, {name: torch.zeros(3, 3)}, tmp_path / "out")
     with pytest.raises(ValueError, match="nothing"):
         common.save_dense(source, {}, tmp_path / "out")
-    common.save_dense(source, {name: torch.ones(96, 64), "lm_head.weight": torch.ones(320, 64)}, tmp_path / "out")
+    table_VD = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    common.save_dense(source, {name: torch.ones(96, 64), "lm_head.weight": table_VD}, tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert stored[name].unique().tolist() == [1.0]
     assert "lm_head.weight" not in stored
+
+
+def test_a_head_taken_apart_from_its_embedding_is_scored_as_such(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    common.save_dense(tiny_model("llama"), {"lm_head.weight": torch.ones(320, 64)}, tmp_path)
+    loaded = common.load_float(tmp_path)
+    assert loaded.get_output_embeddings().weight.unique().tolist() == [1.0]
+    assert loaded.get_input_embeddings().weight.std() > 0
 
 
 def test_the_float_model_is_widened_and_windows_are_the_same_again(
