@@ -68,24 +68,27 @@ def head_stays_tied(folder: Path, options: QuantizeOptions) -> bool:
         return student.shape.tied and not unties_head(student)
 
 
-def prepared(student: Student, options: QuantizeOptions) -> tuple[Student, int]:
+def prepared(student: Student, options: QuantizeOptions) -> tuple[Student, dict[str, Any]]:
     """The student in the shape that `folded` will give it: the head apart from the embedding where it comes to that.
 
     Where the whole model will be trained, dead neurons are put to use, and channels are sorted that stay channels.
 
     Returns:
-        A view of the student, or itself; and how many of its neurons are split.
+        A view of the student, or itself; and what was done, for the manifest: how many neurons are split, and whether
+        channels are in another order than the student's.
     """
     from quantize.rotate import can_turn_residual, fold_norms
 
-    split, turned = 0, options.rotation not in STREAM_STAYS and can_turn_residual(student)
+    turned = options.rotation not in STREAM_STAYS and can_turn_residual(student)
+    done: dict[str, Any] = {}
     if options.method in END_TO_END:
         from quantize.sorting import sorted_channels
         from quantize.split import split_neurons
 
         student, split = split_neurons(student)
         student = student if turned else sorted_channels(student)
-    return (fold_norms(student) if turned else student), split
+        done = {**({"neurons_split": split} if split else {}), **({} if turned else {"channels_sorted": True})}
+    return (fold_norms(student) if turned else student), done
 
 
 def folded(

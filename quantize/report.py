@@ -258,6 +258,11 @@ def _grids(facts: Facts) -> str:
         )
     if split := facts.results.get("neurons_split"):
         notes.append(f"<li>{split:,} neurons that add nothing hold halves of the weightiest instead (exact).</li>")
+    if facts.results.get("channels_sorted"):
+        notes.append(
+            "<li>Channels are sorted so that like weights share a scale (exact): rows and columns are in another order "
+            "than the float model's, whose adapters do not fit.</li>"
+        )
     return (
         f'<section><h2>Grids</h2><p>The first rule that matches a module decides.</p><div class="wide"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div><ul>{''.join(notes)}</ul></section>"

@@ -9,7 +9,7 @@ Legend: N output channels, K input channels.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,10 @@ def run_quantize(
     own = recipe.rules if recipe else options.rules
     recipe = recipe or default_recipe(options, head_stays_tied(student, options))
     with Student(student, padding_multiple(shape, recipe)) as source:
-        model, split = prepared(source, options)
+        model, done = prepared(source, options)
         require_space(out, 3 * model.shape.num_parameters)
         texts, recipe, choice = _texts_and_recipe(student, model, data, recipe, own, options)
-        _say_padding(model, split)
+        _say_prepared(model, done)
         manifest = Manifest(
             kind="int4",
             inputs={"student": input_entry(student)},
@@ -100,7 +100,7 @@ def run_quantize(
         with journal.kept_if_interrupted(), staged_folder(out, force=force) as folder:
             view, folds = folded(model, grids, options, texts.calibration, journal)
             results = {**write_tensors(replace(job, model=view), folder), **bits_record(model.shape, grids), **folds}
-            results.update(choice.as_dict() if choice else {}, **({"neurons_split": split} if split else {}))
+            results.update(choice.as_dict() if choice else {}, **done)
             copy_tokenizer(student, folder)
             manifest = replace(manifest, results=results)
             write_report(folder, manifest, student)
@@ -115,13 +115,15 @@ def _shape_of(student: Path) -> ModelShape:
     return shape
 
 
-def _say_padding(model: Student, split: int) -> None:
-    """What was widened, and what dead neurons are used for."""
+def _say_prepared(model: Student, done: Mapping[str, Any]) -> None:
+    """What was widened and reordered, and what dead neurons are used for."""
     if model.padding:
         before, after = model.source_shape.intermediate_size, model.shape.intermediate_size
         say(f"the feed-forward width {before} is padded to {after} with zero neurons (exact), so that whole groups fit")
-    if split:
+    if split := done.get("neurons_split"):
         say(f"{split} neurons that add nothing hold halves of the weightiest instead (exact)")
+    if done.get("channels_sorted"):
+        say("channels are sorted so that like weights share a scale (exact; adapters of the float model will not fit)")
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ def test_values_alone_are_turned_and_a_tied_head_stays_tied(
     options = QuantizeOptions(method, rotation="heads", samples=6, length=40, steps=1)
     manifest = run_quantize(folder, [text], tmp_path / "out", options)
     assert manifest.results["rotation"] == {"kind": "heads", "residual": False}
+    assert manifest.results.get("channels_sorted", False) == (method == "recover")
     ids_BT = torch.randint(3, 300, (2, 30))
     with Int4Checkpoint(tmp_path / "out") as checkpoint, torch.no_grad():
         assert checkpoint.shape.tied
