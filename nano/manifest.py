@@ -19,6 +19,7 @@ from typing import Any
 
 from nano.errors import BadFileError, RequestError
 from nano.folder import sha256_file, write_text_atomically
+from nano.model_files import read_json_object
 from nano.untrusted import items
 from nano.version import __version__
 
@@ -124,15 +125,11 @@ def read_manifest(folder: Path) -> Manifest:
             found=str(folder),
             expected="the output of nanokit distill, quantize or export",
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadFileError("manifest.json is not valid JSON.", found=f"{path}: {error}") from None
-    if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION or raw.get("kind") not in KINDS:
+    raw = read_json_object(path)
+    if raw.get("schema_version") != SCHEMA_VERSION or raw.get("kind") not in KINDS:
         raise BadFileError(
             "manifest.json is of a form that this nanokit does not know.",
-            found=f"{path}: schema_version {raw.get('schema_version') if isinstance(raw, dict) else None!r}, "
-            f"kind {raw.get('kind') if isinstance(raw, dict) else None!r}",
+            found=f"{path}: schema_version {raw.get('schema_version')!r}, kind {raw.get('kind')!r}",
             expected=f"schema_version {SCHEMA_VERSION}, kind one of {', '.join(KINDS)}",
             todo="make it again, or use the nanokit that made it",
         )
