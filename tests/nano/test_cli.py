@@ -133,7 +133,10 @@ def test_shell_completion_knows_commands_and_options(nanokit: Call, shell: str) 
 
 @pytest.mark.parametrize("after", [0.0, 0.05, 0.1, 0.2, 0.4])
 def test_ctrl_c_at_any_moment_is_quiet(after: float) -> None:
-    """Counted from the first line of ours that runs: what Python does before that is Python's."""
+    """Counted from the first line of ours that runs: what Python does before that, and at its own end, is Python's.
+
+    While it shuts down, Python has given SIGINT back to the system, which ends it without a word; shells say 130 then.
+    """
     program = "import sys; from nano.entry import main; sys.argv = ['nanokit', 'profiles']; print(flush=True); main()"
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -144,5 +147,5 @@ def test_ctrl_c_at_any_moment_is_quiet(after: float) -> None:
     time.sleep(0.02 + after)
     process.send_signal(signal.SIGINT)
     said = process.stderr.read().decode()
-    assert process.wait(timeout=30) in (0, 130)
+    assert process.wait(timeout=30) in (0, 130, -signal.SIGINT)
     assert "Traceback" not in said
