@@ -285,6 +285,10 @@ def rows(bench: Bench) -> list[tuple[str, str, str]]:
         median, least, most = (_figures(value * factor) for value in (spread.median, spread.least, spread.most))
         return label, f"{median} {unit}", f"{least} to {most}"
 
+    def seconds(label: str, spread: Spread | None) -> tuple[str, str, str]:
+        small = spread is not None and spread.median < 0.1
+        return row(label, spread, "ms" if small else "s", 1e3 if small else 1)
+
     mib = 1 / (1 << 20)
     return [
         row(f"prefill of {bench.prompt} tokens", bench.prefill, "tokens/s"),
@@ -292,8 +296,8 @@ def rows(bench: Bench) -> list[tuple[str, str, str]]:
         row(f"  of the limit, {human_bytes(bench.token_bytes)} a token", bench.limit_fraction, "%", 100),
         row("  processor time", bench.cpu_token, "ms a token", 1e3),
         row("memory read, the limit", bench.read_rate, "GB/s", 1e-9),
-        row("time to first token", bench.first_token, "s"),
-        row("load", bench.load, "s"),
+        seconds("time to first token", bench.first_token),
+        seconds("load", bench.load),
         row("resident after load", bench.loaded, "MiB", mib),
         row(f"peak resident (file {human_bytes(bench.file_bytes)})", bench.peak, "MiB", mib),
         row("  clean: the file's pages", bench.clean, "MiB", mib),
